@@ -1,0 +1,635 @@
+"""The pyfuse3 file system: each VFS operation becomes requests of one session.
+
+    kernel ──/dev/fuse──> pyfuse3 ──> a handler here ──> Session ──> virtqueue
+
+A handler looks up the node, sends the request and turns the reply into pyfuse3's terms. It raises
+FUSEError and nothing else: ``_handler`` is the one place where our errors become errno values.
+
+The kernel checks permissions (``default_permissions``), because the daemon does not.
+
+Set-id bits. libfuse tells the kernel that *we* clear suid and sgid bits when somebody without
+CAP_FSETID writes or truncates (HANDLE_KILLPRIV). A daemon with HANDLE_KILLPRIV_V2 does that when
+told; for any other we send a SETATTR first. pyfuse3 does not say who writes, so the opener counts.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import stat
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError
+
+from vfsmount.client.nodes import NodeTable
+from vfsmount.client.session import setattr_in
+from vfsmount.errors import (
+    ChannelBroken,
+    ChannelClosed,
+    ProtocolViolation,
+    RemoteErrno,
+    RequestTimeout,
+    VfsmountError,
+)
+from vfsmount.wire import fuse
+from vfsmount.wire.fuse import InitFlag, OpenInFlag, WriteFlag
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+
+    from pyfuse3 import (
+        FileHandleT,
+        InodeT,
+        ReaddirToken,
+        RequestContext,
+        SetattrFields,
+        StatvfsData,
+    )
+
+    from vfsmount.cache.policy import CachePolicy
+    from vfsmount.client.nodes import Node
+    from vfsmount.client.session import Session
+
+__all__ = ["VirtioFsOperations"]
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: What each error of ours means to an application, first match wins. Never ENOSYS: the kernel would
+#: switch the operation off for the life of the mount.
+_ERRNO_OF: tuple[tuple[type[VfsmountError], int], ...] = (
+    (RequestTimeout, errno.ETIMEDOUT),  # as a network file system that is mounted soft
+    (ProtocolViolation, errno.EIO),  # the daemon is there but cannot be believed
+    (ChannelBroken, errno.ENOTCONN),  # as any FUSE mount whose server died
+    (ChannelClosed, errno.ENOTCONN),  # we are about to unmount
+    (VfsmountError, errno.EIO),
+)
+
+#: Room of one READDIRPLUS, bytes: 170 to 200 usual names. The kernel reads 4 to 32 KiB at a time.
+LISTING_SIZE = 32768
+
+_CAPABILITY = b"security.capability"
+_DOTS = (b".", b"..")
+_SET_ID = stat.S_ISUID | stat.S_ISGID
+
+
+def _handler(
+    method: Callable[Concatenate[VirtioFsOperations, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[VirtioFsOperations, P], Coroutine[Any, Any, T]]:
+    """Make a method raise FUSEError and nothing else."""
+
+    @functools.wraps(method)
+    async def handler(self: VirtioFsOperations, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await method(self, *args, **kwargs)
+        except RemoteErrno as error:
+            raise FUSEError(error.errno) from None
+        except FUSEError:
+            raise
+        except VfsmountError as error:
+            raise FUSEError(self._errno_of(method.__name__, error)) from None
+        except Exception:
+            # Top of a request: a bug in one handler must not take the whole mount down.
+            log.exception("internal error in %s, answered with EIO", method.__name__)
+            raise FUSEError(errno.EIO) from None
+
+    return handler
+
+
+class _File:
+    """An open file: where it is at the daemon, and what its opener may not keep."""
+
+    __slots__ = ("fh", "flags", "kills_set_id", "node")
+
+    def __init__(self, node: Node, fh: int, flags: int, kills_set_id: bool) -> None:
+        self.node = node
+        self.fh = fh
+        self.flags = flags
+        self.kills_set_id = kills_set_id
+
+
+class _Directory:
+    """An open directory, and the entries fetched but not yet taken by the kernel.
+
+    Each of ``ahead`` holds a reference to its node at the daemon until it is handed on or dropped.
+    """
+
+    __slots__ = ("ahead", "fh", "flags", "node", "position")
+
+    def __init__(self, node: Node, fh: int, flags: int) -> None:
+        self.node = node
+        self.fh = fh
+        self.flags = flags
+        self.ahead: deque[fuse.DirEntryPlus] = deque()
+        self.position = 0
+
+
+class VirtioFsOperations(pyfuse3.Operations):
+    """The handlers that pyfuse3 calls.
+
+    Args:
+        session: Where requests go.
+        policy: What the kernel may keep, and for how long.
+        on_lost: Called once, with the cause, when a request finds the channel broken.
+    """
+
+    supports_dot_lookup = False
+
+    def __init__(
+        self,
+        session: Session,
+        policy: CachePolicy,
+        *,
+        on_lost: Callable[[VfsmountError], None] | None = None,
+    ) -> None:
+        super().__init__()
+        flags = session.facts.flags
+        self.enable_writeback_cache = policy.writeback
+        self.enable_acl = InitFlag.POSIX_ACL in flags
+        self.nodes = NodeTable()
+        self._session = session
+        self._policy = policy
+        self._on_lost = on_lost
+        self._files: dict[int, _File] = {}
+        self._directories: dict[int, _Directory] = {}
+        self._last_fh = 0
+        self._killpriv_v2 = InitFlag.HANDLE_KILLPRIV_V2 in flags
+        self._killpriv = bool(flags & (InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2))
+        self._supp_group = InitFlag.CREATE_SUPP_GROUP in flags
+
+    def _errno_of(self, method: str, error: VfsmountError) -> int:
+        if isinstance(error, ChannelBroken | ChannelClosed):
+            if self._on_lost is not None:
+                report, self._on_lost = self._on_lost, None
+                report(error)
+        else:
+            log.error("%s failed: %s", method, error)
+        return next(number for kind, number in _ERRNO_OF if isinstance(error, kind))
+
+    # --- names -----------------------------------------------------------------------------------
+
+    @_handler
+    async def lookup(
+        self, parent_inode: InodeT, name: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Find a name; absence is remembered by the kernel for ``negative_timeout``."""
+        parent = self.nodes[parent_inode]
+        try:
+            entry = await self._session.lookup(parent.nodeid, name, ctx)
+        except RemoteErrno as error:
+            if error.errno != errno.ENOENT or not self._policy.negative_timeout:
+                raise
+            return self._absent()
+        if not entry.nodeid:
+            return self._absent()
+        return self._enter(entry)
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        """Give back what the kernel forgot; raises nothing, waits for nothing."""
+        for nodeid, nlookup in self.nodes.forget(inode_list):
+            self._session.forget(nodeid, nlookup)
+
+    @_handler
+    async def mknod(
+        self, parent_inode: InodeT, name: bytes, mode: int, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Make a node of any type."""
+        parent = self.nodes[parent_inode]
+        # struct stat's dev_t has 64 bits, the wire has the kernel's 32 (new_encode_dev).
+        device = _encode_dev(rdev)
+        group = self._group(parent, ctx)
+        umask = ctx.umask
+        return self._enter(
+            await self._session.mknod(parent.nodeid, name, mode, device, umask, ctx, group)
+        )
+
+    @_handler
+    async def mkdir(
+        self, parent_inode: InodeT, name: bytes, mode: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Make a directory."""
+        parent = self.nodes[parent_inode]
+        group = self._group(parent, ctx)
+        return self._enter(
+            await self._session.mkdir(parent.nodeid, name, mode, ctx.umask, ctx, group)
+        )
+
+    @_handler
+    async def symlink(
+        self, parent_inode: InodeT, name: bytes, target: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Make a symbolic link."""
+        parent = self.nodes[parent_inode]
+        group = self._group(parent, ctx)
+        return self._enter(await self._session.symlink(parent.nodeid, name, target, ctx, group))
+
+    @_handler
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Make a hard link."""
+        nodeid, parent = self.nodes[inode].nodeid, self.nodes[new_parent_inode]
+        return self._enter(await self._session.link(nodeid, parent.nodeid, new_name, ctx))
+
+    @_handler
+    async def unlink(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
+        """Remove a name."""
+        await self._session.unlink(self.nodes[parent_inode].nodeid, name, ctx)
+
+    @_handler
+    async def rmdir(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
+        """Remove an empty directory."""
+        await self._session.rmdir(self.nodes[parent_inode].nodeid, name, ctx)
+
+    @_handler
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: bytes,
+        parent_inode_new: InodeT,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        """Rename, with the flags of renameat2(2)."""
+        old, new = self.nodes[parent_inode_old].nodeid, self.nodes[parent_inode_new].nodeid
+        await self._session.rename(old, name_old, new, name_new, flags, ctx)
+
+    @_handler
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> bytes:
+        """Read a symbolic link."""
+        return await self._session.readlink(self.nodes[inode].nodeid, ctx)
+
+    # --- attributes ------------------------------------------------------------------------------
+
+    @_handler
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        """Attributes of a node."""
+        node = self.nodes[inode]
+        return self._attributes(node, (await self._session.getattr(node.nodeid, None, ctx)).attr)
+
+    @_handler
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        """Change what ``fields`` names; the kernel has turned "now" into times already."""
+        node = self.nodes[inode]
+        kills = fields.update_size and ctx.uid != 0
+        if kills and not fields.update_mode:
+            await self._drop_set_id(node, ctx)
+        changes = setattr_in(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            ctime_ns=attr.st_ctime_ns if fields.update_ctime else None,
+            fh=None if fh is None else self._files[fh].fh,
+            kill_suidgid=kills and self._killpriv_v2,
+        )
+        return self._attributes(node, (await self._session.setattr(node.nodeid, changes, ctx)).attr)
+
+    @_handler
+    async def access(self, inode: InodeT, mode: int, ctx: RequestContext) -> bool:
+        """Only called without ``default_permissions``; a daemon without ACCESS allows all."""
+        try:
+            await self._session.access(self.nodes[inode].nodeid, mode, ctx)
+        except RemoteErrno as error:
+            if error.errno == errno.EACCES:
+                return False
+            if error.errno != errno.ENOSYS:
+                raise
+        return True
+
+    @_handler
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """Size of the host's file system."""
+        reply = await self._session.statfs(fuse.ROOT_ID, ctx)
+        data = pyfuse3.StatvfsData()
+        data.f_bsize, data.f_frsize, data.f_namemax = reply.bsize, reply.frsize, reply.namelen
+        data.f_blocks, data.f_bfree, data.f_bavail = reply.blocks, reply.bfree, reply.bavail
+        data.f_files, data.f_ffree, data.f_favail = reply.files, reply.ffree, reply.ffree
+        return data
+
+    @_handler
+    async def getxattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> bytes:
+        """One extended attribute, whole: pyfuse3 does the sizes.
+
+        The kernel asks for security.capability before every write. "There is none" is remembered
+        as long as attributes are.
+        """
+        node = self.nodes[inode]
+        if name == _CAPABILITY and time.monotonic() < node.no_capability_until:
+            raise FUSEError(errno.ENODATA)
+        try:
+            return await self._session.getxattr(node.nodeid, name, caller=ctx)
+        except RemoteErrno as error:
+            if name == _CAPABILITY and error.errno == errno.ENODATA:
+                node.no_capability_until = time.monotonic() + self._policy.attr_timeout
+            raise
+
+    @_handler
+    async def setxattr(self, inode: InodeT, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        """Set an extended attribute. pyfuse3 keeps XATTR_CREATE and XATTR_REPLACE to itself."""
+        node = self.nodes[inode]
+        node.no_capability_until = 0.0
+        await self._session.setxattr(node.nodeid, name, value, caller=ctx)
+
+    @_handler
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> list[bytes]:
+        """Names of the extended attributes."""
+        return await self._session.listxattr(self.nodes[inode].nodeid, caller=ctx)
+
+    @_handler
+    async def removexattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> None:
+        """Remove an extended attribute."""
+        await self._session.removexattr(self.nodes[inode].nodeid, name, ctx)
+
+    # --- files -----------------------------------------------------------------------------------
+
+    @_handler
+    async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
+        """Open a file; O_TRUNC comes along (ATOMIC_O_TRUNC)."""
+        node = self.nodes[inode]
+        flags = self._lower_flags(flags)
+        kills = ctx.uid != 0
+        open_flags = 0
+        if kills and flags & os.O_TRUNC:
+            if self._killpriv_v2:
+                open_flags = OpenInFlag.KILL_SUIDGID
+            else:
+                await self._drop_set_id(node, ctx)
+        reply = await self._session.open(node.nodeid, flags, open_flags, ctx)
+        return self._file_info(_File(node, reply.fh, flags, kills))
+
+    @_handler
+    async def create(
+        self, parent_inode: InodeT, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """Make a file and open it."""
+        parent = self.nodes[parent_inode]
+        flags = self._lower_flags(flags)
+        kills = ctx.uid != 0
+        entry, opened = await self._session.create(
+            parent.nodeid,
+            name,
+            flags,
+            mode,
+            ctx.umask,
+            OpenInFlag.KILL_SUIDGID if kills and self._killpriv_v2 and flags & os.O_TRUNC else 0,
+            ctx,
+            self._group(parent, ctx),
+        )
+        attributes = self._enter(entry)
+        node = self.nodes[attributes.st_ino]
+        return self._file_info(_File(node, opened.fh, flags, kills)), attributes
+
+    @_handler
+    async def read(  # type: ignore[override]  # pyfuse3 takes any buffer
+        self, fh: FileHandleT, off: int, size: int
+    ) -> bytes | memoryview:
+        """Read; the reply is a view of shared memory, which pyfuse3 hands to the kernel at once."""
+        file = self._files[fh]
+        if size <= self._session.facts.max_read:
+            return await self._session.read_view(file.node.nodeid, file.fh, off, size)
+        return await self._read_pieces(file, off, size)
+
+    async def _read_pieces(self, file: _File, off: int, size: int) -> bytes:
+        """A kernel's READ that is longer than the daemon's max_pages."""
+        pieces = []
+        while size:
+            wanted = min(size, self._session.facts.max_read)
+            piece = await self._session.read(file.node.nodeid, file.fh, off, wanted)
+            pieces.append(piece)
+            off, size = off + len(piece), size - len(piece)
+            if len(piece) < wanted:
+                break
+        return b"".join(pieces)
+
+    @_handler
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        """Write; it is at the host when this returns."""
+        file = self._files[fh]
+        write_flags = 0
+        if file.kills_set_id:
+            if self._killpriv_v2:
+                write_flags = WriteFlag.KILL_SUIDGID
+            elif file.node.mode & _SET_ID:
+                await self._drop_set_id(file.node, None)
+        limit = self._session.facts.max_write
+        if len(buf) <= limit:
+            return await self._session.write(file.node.nodeid, file.fh, off, buf, write_flags)
+        done, view = 0, memoryview(buf)
+        while done < len(buf):
+            piece = view[done : done + limit]
+            written = await self._session.write(
+                file.node.nodeid, file.fh, off + done, piece, write_flags
+            )
+            done += written
+            if written < len(piece):
+                break
+        return done
+
+    @_handler
+    async def flush(self, fh: FileHandleT) -> None:
+        """One close(2) of a handle."""
+        file = self._files[fh]
+        await self._session.flush(file.node.nodeid, file.fh)
+
+    @_handler
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        """Make everything durable at the host."""
+        file = self._files[fh]
+        await self._session.fsync(file.node.nodeid, file.fh, datasync)
+
+    @_handler
+    async def release(self, fh: FileHandleT) -> None:
+        """Last close of a handle."""
+        file = self._files.pop(fh)
+        await self._session.release(file.node.nodeid, file.fh, file.flags)
+
+    # --- directories -----------------------------------------------------------------------------
+
+    @_handler
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        """Open a directory."""
+        node = self.nodes[inode]
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        reply = await self._session.opendir(node.nodeid, flags, ctx)
+        self._last_fh += 1
+        self._directories[self._last_fh] = _Directory(node, reply.fh, flags)
+        return pyfuse3.FileHandleT(self._last_fh)
+
+    @_handler
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        """Hand on names with their attributes until the kernel's buffer is full.
+
+        We fetch more than the kernel takes at once and keep the rest for its next call.
+        """
+        directory = self._directories[fh]
+        if start_id != directory.position:
+            self._drop_ahead(directory)
+            directory.position = start_id
+        if not directory.ahead:
+            directory.ahead.extend(
+                await self._session.readdirplus(
+                    directory.node.nodeid, directory.fh, start_id, LISTING_SIZE
+                )
+            )
+        while directory.ahead:
+            found = directory.ahead[0]
+            if not found.entry.nodeid and found.name not in _DOTS:
+                entry = await self._find(directory.node, found.name)
+                if entry is None:
+                    directory.ahead.popleft()
+                    continue
+                found = directory.ahead[0] = found._replace(entry=entry)
+            if not self._hand_on(token, found):
+                return
+            directory.ahead.popleft()
+            directory.position = found.off
+
+    async def _find(self, parent: Node, name: bytes) -> fuse.EntryOut | None:
+        """Look up a listed name that came without its node; None when it has gone meanwhile."""
+        try:
+            entry = await self._session.lookup(parent.nodeid, name)
+        except RemoteErrno:
+            return None
+        return entry if entry.nodeid else None
+
+    def _hand_on(self, token: ReaddirToken, found: fuse.DirEntryPlus) -> bool:
+        """Offer one entry to the kernel, which counts as a lookup if there is room for it."""
+        name, nodeid = found.name, found.entry.nodeid
+        if name in _DOTS:
+            # The kernel takes neither node nor attributes of these, just number and type.
+            dot = EntryAttributes()
+            dot.st_ino, dot.st_mode = pyfuse3.InodeT(found.ino or fuse.ROOT_ID), stat.S_IFDIR
+            return pyfuse3.readdir_reply(token, name, dot, found.off)
+        attributes = self._enter(found.entry)
+        if pyfuse3.readdir_reply(token, name, attributes, found.off):
+            return True
+        # It stays in ``ahead`` with its reference: take back only the count towards the kernel.
+        self.nodes.leave(nodeid)
+        return False
+
+    def _drop_ahead(self, directory: _Directory) -> None:
+        for found in directory.ahead:
+            if found.entry.nodeid and found.name not in _DOTS:
+                self._session.forget(found.entry.nodeid)
+        directory.ahead.clear()
+
+    @_handler
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        """Make a directory durable at the host."""
+        directory = self._directories[fh]
+        await self._session.fsyncdir(directory.node.nodeid, directory.fh, datasync)
+
+    @_handler
+    async def releasedir(self, fh: FileHandleT) -> None:
+        """Last close of a directory."""
+        directory = self._directories.pop(fh)
+        self._drop_ahead(directory)
+        await self._session.releasedir(directory.node.nodeid, directory.fh, directory.flags)
+
+    # --- pieces ----------------------------------------------------------------------------------
+
+    def _lower_flags(self, flags: int) -> int:
+        """What the daemon should open.
+
+        With write-back the kernel reads around what it writes, and appends by itself: the file must
+        be readable there, and O_APPEND would move the pages. Then any daemon will do, whether it
+        knows WRITEBACK_CACHE or not.
+        """
+        if not self._policy.writeback:
+            return flags
+        if flags & os.O_ACCMODE == os.O_WRONLY:
+            flags = (flags & ~os.O_ACCMODE) | os.O_RDWR
+        return flags & ~os.O_APPEND
+
+    def _file_info(self, file: _File) -> FileInfo:
+        self._last_fh += 1
+        self._files[self._last_fh] = file
+        return FileInfo(
+            fh=pyfuse3.FileHandleT(self._last_fh),
+            direct_io=self._policy.direct_io,
+            keep_cache=self._policy.keep_cache,
+        )
+
+    def _absent(self) -> EntryAttributes:
+        attributes = EntryAttributes()
+        attributes.st_ino = pyfuse3.InodeT(0)
+        attributes.entry_timeout = self._policy.negative_timeout
+        return attributes
+
+    def _enter(self, entry: fuse.EntryOut) -> EntryAttributes:
+        return self._attributes(self.nodes.enter(entry.nodeid, entry.attr), entry.attr)
+
+    def _attributes(self, node: Node, attr: fuse.Attr) -> EntryAttributes:
+        node.saw(attr)
+        policy = self._policy
+        out = EntryAttributes()
+        out.st_ino = pyfuse3.InodeT(node.inode)
+        out.generation = 0
+        out.entry_timeout = policy.entry_timeout
+        out.attr_timeout = policy.attr_timeout
+        out.st_mode = attr.mode
+        out.st_nlink = attr.nlink
+        out.st_uid = attr.uid
+        out.st_gid = attr.gid
+        out.st_rdev = _decode_dev(attr.rdev)
+        out.st_size = attr.size
+        out.st_blksize = attr.blksize
+        out.st_blocks = attr.blocks
+        out.st_atime_ns = attr.atime * 1_000_000_000 + attr.atimensec
+        out.st_mtime_ns = attr.mtime * 1_000_000_000 + attr.mtimensec
+        out.st_ctime_ns = attr.ctime * 1_000_000_000 + attr.ctimensec
+        return out
+
+    def _group(self, parent: Node, ctx: RequestContext) -> int | None:
+        """The parent's group, if the caller is in it but not primarily: as the kernel chooses.
+
+        Reading /proc takes 30 us, so only when it can matter.
+        """
+        if not self._supp_group or ctx.uid == 0 or parent.gid == ctx.gid:
+            return None
+        try:
+            groups = pyfuse3.get_sup_groups(ctx.pid)
+        except (OSError, RuntimeError):
+            return None  # the caller has died, or is in another pid namespace
+        return parent.gid if parent.gid in groups else None
+
+    async def _drop_set_id(self, node: Node, ctx: RequestContext | None) -> None:
+        """Clear suid, and sgid of an executable, as file_remove_privs() would."""
+        kept = node.mode & ~stat.S_ISUID
+        if kept & stat.S_IXGRP:
+            kept &= ~stat.S_ISGID
+        if self._killpriv or kept == node.mode or not stat.S_ISREG(node.mode):
+            return
+        reply = await self._session.setattr(node.nodeid, setattr_in(mode=kept), ctx)
+        node.saw(reply.attr)
+
+
+def _encode_dev(rdev: int) -> int:
+    """The kernel's new_encode_dev(): minor bits 0-7 and 20-31, major bits 8-19."""
+    major, minor = os.major(rdev), os.minor(rdev)
+    return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
+
+
+def _decode_dev(encoded: int) -> int:
+    """The kernel's new_decode_dev()."""
+    if not encoded:
+        return 0
+    return os.makedev((encoded & 0xFFF00) >> 8, (encoded & 0xFF) | ((encoded >> 12) & 0xFFF00))
