@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from vfsmount.wire.fuse import ROOT_ID
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from vfsmount.wire.fuse import Attr
 
@@ -80,6 +80,10 @@ class NodeTable:
     def __getitem__(self, inode: int) -> Node:
         """Return the node of an inode that the kernel holds; KeyError is a bug of one of us."""
         return self._by_inode[inode]
+
+    def nodes(self) -> Iterator[Node]:
+        """Iterate over the nodes that the kernel knows, the root included."""
+        return iter(self._by_inode.values())
 
     def enter(self, nodeid: int, attr: Attr) -> Node:
         """Count one lookup that the daemon gave us and that we hand to the kernel."""

@@ -147,7 +147,7 @@ class VirtioFsOperations(pyfuse3.Operations):
         session: Session,
         policy: CachePolicy,
         *,
-        on_lost: Callable[[VfsmountError], None] | None = None,
+        on_lost: Callable[[ChannelBroken], None] | None = None,
     ) -> None:
         super().__init__()
         flags = session.facts.flags
@@ -165,11 +165,11 @@ class VirtioFsOperations(pyfuse3.Operations):
         self._supp_group = InitFlag.CREATE_SUPP_GROUP in flags
 
     def _errno_of(self, method: str, error: VfsmountError) -> int:
-        if isinstance(error, ChannelBroken | ChannelClosed):
+        if isinstance(error, ChannelBroken):
             if self._on_lost is not None:
                 report, self._on_lost = self._on_lost, None
                 report(error)
-        else:
+        elif not isinstance(error, ChannelClosed):
             log.error("%s failed: %s", method, error)
         return next(number for kind, number in _ERRNO_OF if isinstance(error, kind))
 

@@ -1,0 +1,1 @@
+"""What more than one test folder needs: daemons, waiting, leak and log checks."""

@@ -1,0 +1,65 @@
+#!/bin/sh
+# Install the system packages that are missing, with apt; do nothing at all when none is.
+#
+# Usage: system-packages.sh PYTHON [test]
+#   PYTHON   the interpreter that the virtual environment will be made with
+#   test     also what only the tests need
+#
+# Each need is looked for itself (a command, a header), not its package: whoever has it from
+# elsewhere needs no package and no apt.
+set -eu
+python=$1
+for_tests=${2:-}
+missing=""
+need() { missing="$missing $*"; }
+have() { command -v "$1" >/dev/null 2>&1; }
+
+have cc && echo '#include <stdio.h>' | cc -E - >/dev/null 2>&1 || need gcc libc6-dev
+have pkg-config || need pkg-config
+have pkg-config && pkg-config --exists fuse3 || need libfuse3-dev
+have fusermount3 || need fuse3
+
+# A Debian python comes in pieces; one from elsewhere (pyenv, uv) is whole.
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+"$python" -c 'import ensurepip, venv' 2>/dev/null || need "python$version-venv"
+"$python" -c '
+import os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))
+' || need "python$version-dev"
+
+if [ -n "$for_tests" ]; then
+    have rsync || need rsync # a workload that runs on the mount
+fi
+
+[ -n "$missing" ] || exit 0
+
+if ! have apt-get; then
+    echo "These packages are missing (Debian names), and there is no apt-get to install them:" >&2
+    echo "   $missing" >&2
+    exit 1
+fi
+as_root=""
+if [ "$(id -u)" -ne 0 ]; then
+    # sudo asks for a password on the terminal; without one it may only go ahead if it need not.
+    if have sudo && { [ -t 0 ] || sudo -n true 2>/dev/null; }; then
+        as_root="sudo"
+    else
+        echo "These system packages are missing, and this user cannot install them. As root, run:" >&2
+        echo "    apt-get install$missing" >&2
+        exit 1
+    fi
+fi
+
+echo "Installing system packages:$missing ..."
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+apt() { $as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -y "$@" >>"$log" 2>&1; }
+# The package lists may be absent (containers) or old; a mirror that fails need not be the one
+# that we use, so only the install decides.
+apt update || true
+# shellcheck disable=SC2086 # one word per package
+if ! apt install --no-install-recommends $missing; then
+    cat "$log" >&2
+    echo "Installing failed. Needed:$missing" >&2
+    exit 1
+fi
