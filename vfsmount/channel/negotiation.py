@@ -1,0 +1,57 @@
+"""Which features are taken of those that are offered, and what is refused.
+
+Virtio features and protocol features are two sets. *Offered* is what the back-end has, *acked* what
+we accept; a message or mechanism that belongs to a feature is used only when the feature is acked.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vfsmount.errors import HandshakeError
+from vfsmount.wire.vhost_user import ProtocolFeature, VirtioFeature
+
+if TYPE_CHECKING:
+    from vfsmount.channel.options import ChannelOptions
+
+__all__ = ["WANTED_PROTOCOL_FEATURES", "ack_protocol_features", "ack_virtio_features"]
+
+_PF = ProtocolFeature
+_VF = VirtioFeature
+
+#: What we have a use for. SHMEM joins when there is a DAX window to map things into.
+WANTED_PROTOCOL_FEATURES = (
+    _PF.MQ
+    | _PF.REPLY_ACK
+    | _PF.BACKEND_REQ
+    | _PF.CONFIG
+    | _PF.BACKEND_SEND_FD
+    | _PF.INFLIGHT_SHMFD
+    | _PF.RESET_DEVICE
+    | _PF.CONFIGURE_MEM_SLOTS
+    | _PF.STATUS
+)
+
+
+def ack_virtio_features(offered: int, options: ChannelOptions) -> int:
+    """Return the virtio features to accept.
+
+    Raises:
+        HandshakeError: The device is from before VIRTIO 1.0.
+    """
+    if not offered & _VF.VERSION_1:
+        raise HandshakeError("the daemon does not offer VERSION_1, so it is no virtio 1.0 device")
+    wanted = _VF.VERSION_1 | _VF.PROTOCOL_FEATURES
+    if options.event_idx:
+        wanted |= _VF.RING_EVENT_IDX
+    if options.indirect:
+        wanted |= _VF.RING_INDIRECT_DESC
+    return offered & wanted
+
+
+def ack_protocol_features(offered: int) -> int:
+    """Return the protocol features to accept; one that depends on another comes only with it."""
+    acked = offered & WANTED_PROTOCOL_FEATURES
+    if not acked & _PF.BACKEND_REQ:
+        acked &= ~int(_PF.BACKEND_SEND_FD)
+    return int(acked)
