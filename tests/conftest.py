@@ -18,9 +18,15 @@ from tests.support.daemons import DAEMON_KINDS, require_daemon
 from tests.support.environment import TMPFS, fuse_problem, tmpfs_problem, unavailable
 from tests.support.leaks import Footprint, check_footprint
 from tests.support.logs import LogWatch
+from tests.support.namespace import enter_mount_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+def pytest_configure() -> None:
+    """Keep the mounts of the tests and those of everybody else apart."""
+    enter_mount_namespace()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
