@@ -1,0 +1,225 @@
+"""The ``vfsmount`` command: words to calls, errors to one line and an exit status.
+
+The first word is a command (``serve``, ``umount``, ``status``, ``probe``) or else belongs to a
+mount. Each command is imported only when it runs: ``serve`` must not load the event loop, and help
+must not load anything.
+
+No error that a user can cause shows a traceback. One that is our own fault does, and ends with 2.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from vfsmount.client.arguments import (
+    HELP,
+    Arguments,
+    Group,
+    Option,
+    package_version,
+    parse,
+    render_help,
+)
+from vfsmount.errors import ExitCode, UsageError, VfsmountError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["main"]
+
+EXIT_CODES = """
+Exit status:
+  0   done; for a mount: unmounted, everything is with the host
+  1   wrong use: an option, value or argument that cannot be
+  2   a fault of vfsmount itself
+  3   cannot connect: no such socket, nobody listens, not permitted
+  4   the handshake failed: it speaks something else, too old, or no answer
+  5   the daemon was lost while mounted
+  32  the mount failed: mount point, /dev/fuse, fusermount3, busy
+"""
+
+MOUNT_USAGE = (
+    "vfsmount MNT --socket PATH [option...]    mount what a running daemon shares",
+    "vfsmount MNT --source DIR [option...]     share a directory and mount it",
+    "vfsmount serve DIR --socket PATH          run the bundled daemon alone",
+    "vfsmount umount MNT                       unmount, wait until all is written",
+    "vfsmount status MNT [--json]              what a mount is doing",
+    "vfsmount probe --socket PATH [--json]     what a daemon offers, without mounting",
+)
+MOUNT_INTRO = """
+Mounts what a virtio-fs host daemon shares, without a virtual machine. Runs until it
+is unmounted, or until Ctrl-C or SIGTERM (which unmount it).
+"""
+MOUNT_AFTER = f"""
+Examples:
+  vfsmount ~/mnt --source ~/project
+  vfsmount /mnt --socket /run/virtiofsd.sock --cache always --daemonize
+  vfsmount /mnt --socket /run/virtiofsd.sock -o ro,nosuid,nodev --cpus 0
+  in /etc/fstab:
+  /run/virtiofsd.sock  /mnt  fuse.vfsmount  cache=none,nofail,_netdev  0  0
+
+A mount point named like a command is written with its folder: vfsmount ./serve ...
+'vfsmount COMMAND --help' explains the other commands.
+{EXIT_CODES}"""
+
+UMOUNT_GROUPS = (
+    Group(
+        "Options",
+        (
+            Option("lazy", "take it out of sight at once, even when busy; do not wait", short="l"),
+            Option(
+                "force",
+                "abort: pending requests fail, what is not written yet is lost;\n"
+                "for a mount that hangs",
+                short="f",
+            ),
+            HELP,
+        ),
+    ),
+)
+STATUS_GROUPS = (Group("Options", (Option("json", "print JSON for scripts"), HELP)),)
+PROBE_GROUPS = (
+    Group(
+        "Options",
+        (
+            Option("socket", "vhost-user socket of a running host daemon", "PATH"),
+            Option("json", "print JSON for scripts"),
+            HELP,
+        ),
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        argv: The words after the program's name; by default those of this process.
+
+    Returns:
+        The exit status (``ExitCode``, or 128 plus a signal's number).
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = COMMANDS.get(words[0]) if words else None
+    try:
+        return _mount(words) if command is None else command(words[1:])
+    except VfsmountError as error:
+        _tell(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Our reader (head, less) has left. Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception:
+        # The top of the program: whatever comes here is a bug, and must not look like status 1.
+        traceback.print_exc()
+        return ExitCode.INTERNAL
+
+
+def _tell(error: VfsmountError) -> None:
+    from vfsmount.client.logs import tell
+
+    tell(error)
+
+
+def _mount(words: list[str]) -> int:
+    from vfsmount.client.options import MOUNT_GROUPS, parse_mount
+
+    given = parse(words, MOUNT_GROUPS, "vfsmount").values
+    if given.get("help"):
+        print(render_help(MOUNT_USAGE, MOUNT_INTRO, MOUNT_GROUPS, MOUNT_AFTER), end="")
+        return ExitCode.OK
+    if given.get("version"):
+        print(f"vfsmount {package_version()}")
+        return ExitCode.OK
+    settings = parse_mount(words)
+
+    from vfsmount.client.logs import start_logging
+
+    start_logging(settings.log_level, settings.log_file)
+
+    from vfsmount.client.mount import run_mount
+
+    return run_mount(settings)
+
+
+def _serve(words: list[str]) -> int:
+    from vfsmount.hostd.cli import main as serve
+
+    return serve(words)
+
+
+def _umount(words: list[str]) -> int:
+    given = parse(words, UMOUNT_GROUPS, "vfsmount umount")
+    if given.values.get("help"):
+        intro = "Unmounts, and waits until everything written is with the host."
+        print(render_help(("vfsmount umount MNT [option...]",), intro, UMOUNT_GROUPS), end="")
+        return ExitCode.OK
+
+    from vfsmount.client.umount import run_umount
+
+    run_umount(_one_mountpoint(given), lazy="lazy" in given.values, force="force" in given.values)
+    return ExitCode.OK
+
+
+def _status(words: list[str]) -> int:
+    given = parse(words, STATUS_GROUPS, "vfsmount status")
+    if given.values.get("help"):
+        intro = "Shows what a mount is doing. Never touches the mount, so it works when that hangs."
+        print(render_help(("vfsmount status MNT [--json]",), intro, STATUS_GROUPS), end="")
+        return ExitCode.OK
+
+    from vfsmount.client.status import format_status, read_status
+
+    status = read_status(_one_mountpoint(given))
+    _print_document(status, format_status, as_json="json" in given.values)
+    return ExitCode.OK
+
+
+def _probe(words: list[str]) -> int:
+    given = parse(words, PROBE_GROUPS, "vfsmount probe")
+    if given.values.get("help"):
+        intro = (
+            "Connects to a daemon, shows what it offers, and leaves without mounting. A daemon\n"
+            "that serves a single connection (virtiofsd) ends after that."
+        )
+        usage = ("vfsmount probe --socket PATH [--json]",)
+        print(render_help(usage, intro, PROBE_GROUPS), end="")
+        return ExitCode.OK
+    socket = given.values.get("socket")
+    if given.operands or not socket:
+        raise UsageError("probe needs a socket", "write vfsmount probe --socket PATH")
+
+    from vfsmount.client.probe import format_probe, run_probe
+
+    _print_document(run_probe(socket), format_probe, as_json="json" in given.values)
+    return ExitCode.OK
+
+
+def _one_mountpoint(given: Arguments) -> str:
+    if len(given.operands) != 1 or not given.operands[0]:
+        raise UsageError("exactly one mount point is needed")
+    return given.operands[0]
+
+
+def _print_document(
+    document: dict[str, Any], formatter: Callable[[dict[str, Any]], str], *, as_json: bool
+) -> None:
+    import json
+
+    sys.stdout.write(json.dumps(document, indent=2) + "\n" if as_json else formatter(document))
+    sys.stdout.flush()
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "serve": _serve,
+    "umount": _umount,
+    "status": _status,
+    "probe": _probe,
+}

@@ -1,0 +1,202 @@
+"""The bundled daemon behind ``--source``: a child process that lives exactly as long as the mount.
+
+Its socket is made, connected and removed before the daemon even starts: a listening socket accepts
+connections into its backlog by itself. So no path is ever left behind, nobody else can connect, and
+the daemon finds its one guest waiting.
+
+* The child is started from the main thread. PR_SET_PDEATHSIG (prctl(2)) follows the death of the
+  *thread* that forked, and a worker thread would end long before the mount.
+* It has a session of its own: Ctrl-C must reach us alone, for we still need the daemon to flush.
+* What it writes to stderr goes to our log. If it ends before the mount is up, its last line is the
+  reason that the user sees.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from vfsmount.errors import ConnectError, ExitCode, UsageError, VfsmountError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["BundledDaemon", "bundled_daemon"]
+
+PR_SET_PDEATHSIG = 1
+STOP_SECONDS = 5.0
+"""A daemon without guests ends at once on SIGTERM; after that it is killed."""
+DEATH_SECONDS = 1.0
+"""Between the end of a daemon's sockets and its exit status there are a few milliseconds."""
+LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "debug": logging.DEBUG}
+
+logger = logging.getLogger("vfsmount.hostd")
+libc = ctypes.CDLL(None)
+
+
+class BundledDaemon:
+    """A running daemon and our connection to it.
+
+    Attributes:
+        sock: Connected vhost-user socket; whoever connects the session owns it.
+        pid: Process id of the daemon.
+    """
+
+    def __init__(self, source: str, log_level: str) -> None:
+        self.sock, listener = _connected_pair()
+        with listener:
+            try:
+                self._process = _spawn(source, listener.fileno(), log_level)
+            except OSError as error:
+                self.sock.close()
+                raise ConnectError(f"cannot start the daemon: {error}") from error
+        self.pid = self._process.pid
+        self._early: list[str] | None = []
+        self._log = threading.Thread(target=self._relay_log, name="hostd-log", daemon=True)
+        self._log.start()
+
+    def started(self) -> None:
+        """Let its log lines through from now on; those so far first."""
+        early, self._early = self._early, None
+        for line in early or ():
+            _log_line(line)
+
+    def failure(self) -> VfsmountError | None:
+        """Return why the daemon ended, in its own words, or None while it runs."""
+        try:
+            status = self._process.wait(DEATH_SECONDS)
+        except subprocess.TimeoutExpired:
+            return None
+        self._log.join(DEATH_SECONDS)
+        lines = self._early or []
+        reason = (
+            _text(lines[-1])[1] if lines else f"the daemon ended with {describe_status(status)}"
+        )
+        kind = UsageError if status == ExitCode.USAGE else ConnectError
+        return kind(reason)
+
+    def exit_status(self) -> str:
+        """Return how the daemon ended, as a clause for the log, or an empty string."""
+        try:
+            return describe_status(self._process.wait(DEATH_SECONDS))
+        except subprocess.TimeoutExpired:
+            return ""
+
+    def stop(self) -> None:
+        """End the daemon and collect it; bounded."""
+        self.sock.close()
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.join(DEATH_SECONDS)
+
+    def _relay_log(self) -> None:
+        # A thread, not a task: the daemon must never wait for a full pipe, whatever trio does.
+        stream = self._process.stderr
+        assert stream is not None
+        with stream:
+            for raw in stream:
+                line = raw.decode("utf-8", "replace").rstrip()
+                early = self._early
+                if early is None:
+                    _log_line(line)
+                else:
+                    early.append(line)
+
+
+@contextmanager
+def bundled_daemon(source: str, log_level: str) -> Iterator[BundledDaemon]:
+    """Run the bundled daemon for one directory while the body runs.
+
+    Raises:
+        ConnectError: The process cannot be started.
+    """
+    daemon = BundledDaemon(source, log_level)
+    try:
+        yield daemon
+    finally:
+        daemon.stop()
+
+
+def describe_status(status: int) -> str:
+    """Return ``signal SIGKILL`` or ``exit status 3``."""
+    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+def _connected_pair() -> tuple[socket.socket, socket.socket]:
+    """Return our end of a connection, and the listening socket in whose backlog the other waits."""
+    with tempfile.TemporaryDirectory(prefix="vfsmount-") as folder:
+        path = os.path.join(folder, "s")
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(path)
+            listener.listen(1)
+            sock.connect(path)
+        except OSError as error:
+            listener.close()
+            sock.close()
+            raise ConnectError(f"cannot make a socket in {folder}: {error.strerror}") from error
+        return sock, listener
+
+
+def _spawn(source: str, listener: int, log_level: str) -> subprocess.Popen[bytes]:
+    # -P, and our own place instead: whoever owns the working directory must not choose the code.
+    words = [sys.executable, "-P", "-m", "vfsmount", "serve", source, "--fd", str(listener)]
+    # READY and STOPPING are ours to tell.
+    environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
+    environment["PYTHONPATH"] = os.pathsep.join([_package_folder(), *_absolute_python_path()])
+    return subprocess.Popen(
+        [*words, "--log-level", log_level],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        pass_fds=(listener,),
+        start_new_session=True,
+        env=environment,
+        preexec_fn=_die_with_parent(os.getpid()),
+    )
+
+
+def _package_folder() -> str:
+    return os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+def _absolute_python_path() -> list[str]:
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [entry for entry in entries if os.path.isabs(entry)]
+
+
+def _die_with_parent(parent: int) -> Callable[[], None]:
+    def in_child() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(ExitCode.INTERNAL)  # it died before the call above
+
+    return in_child
+
+
+def _text(line: str) -> tuple[int, str]:
+    """Take our own prefix and level off a line of the daemon."""
+    text = line.removeprefix("vfsmount: ")
+    word, colon, rest = text.partition(": ")
+    if colon and word in LEVELS:
+        return LEVELS[word], rest
+    return logging.INFO, text
+
+
+def _log_line(line: str) -> None:
+    level, text = _text(line)
+    logger.log(level, "daemon: %s", text)

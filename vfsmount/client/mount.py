@@ -1,0 +1,350 @@
+"""The life of one mount: check, connect, mount, serve, end; and what ends it.
+
+Theory of operation. Everything that can be wrong without side effects is checked first. Then, each
+step inside the one before, so that leaving them in reverse leaves nothing behind:
+
+    bundled daemon (only --source) > session with the daemon > its root is listed >
+    kernel mount > control socket > ready is announced > pyfuse3's loop runs
+
+What ends the loop:
+    umount by anybody        the kernel closes the connection; exit status 0
+    SIGTERM, SIGINT, SIGHUP  we unmount while still serving, so that the kernel can flush; busy
+                             users are flushed as far as possible and then cut off; exit status 0
+    the same once more       the connection is aborted, nothing is waited for
+    the daemon is lost       the loop goes on, so that users get errors instead of writing into the
+                             directory underneath; it ends in one of the ways above; exit status 5
+
+Never touch the mount from a thread of this process: should the daemon be mute, that thread would
+sleep beyond SIGKILL while it keeps /dev/fuse open, and the mount could not even be aborted by our
+death. Flushing is therefore left to a child process, and readiness is asked of the daemon.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import subprocess
+import time
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any
+
+import pyfuse3
+import trio
+
+from vfsmount.cache.policy import CachePolicy
+from vfsmount.channel import ChannelOptions
+from vfsmount.client.background import Announcer, check_targets, go_to_background, sd_notify
+from vfsmount.client.bundled import BundledDaemon, bundled_daemon
+from vfsmount.client.causes import cause_of
+from vfsmount.client.control_server import Command, control_socket
+from vfsmount.client.kernel import mounted
+from vfsmount.client.mountpoint import (
+    FUSE_DEVICE,
+    abort_connection,
+    check_fuse_available,
+    check_mountpoint,
+    describe_holders,
+    detach,
+    is_mounted,
+    unmount,
+)
+from vfsmount.client.operations import VirtioFsOperations
+from vfsmount.client.report import status_document
+from vfsmount.client.session import Session, connect
+from vfsmount.errors import (
+    ChannelBroken,
+    ConnectError,
+    ExitCode,
+    HandshakeError,
+    MountError,
+    RemoteErrno,
+    UsageError,
+    VfsmountError,
+)
+from vfsmount.wire.fuse import ROOT_ID, InitFlag
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from vfsmount.client.mountinfo import MountEntry
+    from vfsmount.client.options import MountSettings
+
+__all__ = ["run_mount"]
+
+ROOT_SECONDS = 10.0
+"""How long a daemon may take to list its root, as long as each step of the handshake."""
+FLUSH_SECONDS = 10.0
+"""How long the end waits for dirty pages of files that are still open."""
+GRACE_SECONDS = 5.0
+"""How long the end waits for requests that are already with the daemon."""
+LISTING_BYTES = 4096
+
+logger = logging.getLogger(__name__)
+
+
+def run_mount(settings: MountSettings) -> int:
+    """Mount, serve until the end, and return the exit status.
+
+    With ``settings.daemonize`` the caller's process leaves inside here (SystemExit), and the
+    function goes on in a child.
+
+    Raises:
+        VfsmountError: The mount never became usable; nothing is left behind.
+    """
+    path = _check(settings)
+    parent = go_to_background() if settings.daemonize else None
+    announcer = Announcer(settings, parent)
+    daemon: AbstractContextManager[BundledDaemon | None] = nullcontext()
+    if settings.source is not None:
+        daemon = bundled_daemon(settings.source, settings.log_level)
+    try:
+        with daemon as running:
+            return trio.run(_Mount(settings, path, announcer, running).run)
+    finally:
+        announcer.close()
+
+
+def _check(settings: MountSettings) -> str:
+    """Refuse what cannot work before anything is started; returns the resolved mount point."""
+    if settings.cpus is not None:
+        _pin(settings.cpus)
+    if settings.source is not None and not os.path.isdir(settings.source):
+        what = "is not a directory" if os.path.exists(settings.source) else "does not exist"
+        raise UsageError(f"--source {settings.source} {what}")
+    check_targets(settings)
+    path = check_mountpoint(settings.mountpoint)
+    if settings.source is not None and os.path.realpath(settings.source) == path:
+        raise UsageError(f"--source and mount point are the same directory, {path}")
+    check_fuse_available()
+    return path
+
+
+def _pin(cpus: frozenset[int]) -> None:
+    with suppress(OSError, OverflowError):
+        os.sched_setaffinity(0, cpus)
+    missing = sorted(cpus - os.sched_getaffinity(0))
+    if missing:
+        here = ",".join(str(cpu) for cpu in sorted(os.sched_getaffinity(0)))
+        named = ", ".join(map(str, missing))
+        raise UsageError(f"--cpus: there is no CPU {named} to run on", f"there is: {here}")
+
+
+class _Mount:
+    """One mount from the handshake to DESTROY.
+
+    Invariants: ``entry`` is set exactly while the kernel has the mount; ``lost`` is set once.
+    """
+
+    def __init__(
+        self,
+        settings: MountSettings,
+        path: str,
+        announcer: Announcer,
+        daemon: BundledDaemon | None,
+    ) -> None:
+        self.settings = settings
+        self.path = path
+        self.policy = CachePolicy.for_mode(settings.cache, settings.timeout, settings.writeback)
+        self.entry: MountEntry | None = None
+        self.lost: VfsmountError | None = None
+        self.started = time.monotonic()
+        self._announcer = announcer
+        self._daemon = daemon
+        self._ready = False
+        self._whole = trio.CancelScope()
+        self._serving = trio.CancelScope()
+
+    @property
+    def daemon_pid(self) -> int | None:
+        """Process id of the bundled daemon, if this mount has one."""
+        return None if self._daemon is None else self._daemon.pid
+
+    async def run(self) -> ExitCode:
+        """Serve until something ends the mount.
+
+        Raises:
+            VfsmountError: Before the mount was ready.
+        """
+        signals = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup keeps its meaning
+            signals.append(signal.SIGHUP)
+        try:
+            with trio.open_signal_receiver(*signals) as received:
+                async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
+                    nursery.start_soon(self._heed, received)
+                    with self._whole:
+                        await self._connected()
+                    nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise self._cause(cause_of(group)) from group
+        if not self._ready:
+            raise MountError("ended by a signal before the mount was ready")
+        return ExitCode.DAEMON_LOST if self.lost else ExitCode.OK
+
+    def _cause(self, error: BaseException) -> BaseException:
+        """A bundled daemon that ended knows better why than we who lost the connection."""
+        early = isinstance(error, (ConnectError, HandshakeError, ChannelBroken))
+        if self._daemon is not None and early and not self._ready:
+            return self._daemon.failure() or error
+        return error
+
+    # --- the steps, each inside the one before ---
+
+    async def _connected(self) -> None:
+        extra = InitFlag.WRITEBACK_CACHE if self.policy.writeback else InitFlag(0)
+        async with connect(
+            self.settings.socket,
+            sock=self._daemon.sock if self._daemon else None,
+            options=_channel_options(self.settings),
+            extra_flags=extra,
+        ) as session:
+            await _list_root(session)
+            await self._mounted(session)
+
+    async def _mounted(self, session: Session) -> None:
+        operations = VirtioFsOperations(session, self.policy, on_lost=self._on_lost)
+        with mounted(operations, self.settings, self.path) as self.entry:
+            try:
+                commands = {"status": self._status_command(session)}
+                async with control_socket(self.entry.device, commands):
+                    await self._serve()
+            finally:
+                self.entry = None
+
+    async def _serve(self) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._announce)
+            with self._serving:
+                try:
+                    await pyfuse3.main()
+                except OSError as error:
+                    raise MountError(f"{FUSE_DEVICE} failed: {error.strerror}") from error
+            nursery.cancel_scope.cancel()
+
+    async def _announce(self) -> None:
+        # One turn of the loop, in which pyfuse3 starts; the kernel's INIT is waiting already, and
+        # requests of early users wait behind it.
+        await trio.lowlevel.checkpoint()
+        if self._daemon is not None:
+            self._daemon.started()
+        logger.info("%s is mounted on %s", self.settings.origin, self.path)
+        self._announcer.ready()
+        self._ready = True
+
+    def _status_command(self, session: Session) -> Command:
+        async def status(request: dict[str, Any]) -> dict[str, Any]:
+            return status_document(self, session)
+
+        return status
+
+    # --- what ends it ---
+
+    def _on_lost(self, error: VfsmountError) -> None:
+        if self.lost is None:
+            self.lost = error
+            self._nursery.start_soon(self._report_loss, error)
+
+    async def _report_loss(self, error: VfsmountError) -> None:
+        ended = ""
+        if self._daemon is not None:
+            ended = await trio.to_thread.run_sync(self._daemon.exit_status)
+        logger.error(
+            "the daemon is lost: %s%s; users of %s get errors until it is unmounted",
+            error,
+            f" (its process ended with {ended})" if ended else "",
+            self.path,
+        )
+        sd_notify("STATUS=the daemon is lost")
+
+    async def _heed(self, received: AsyncIterator[int]) -> None:
+        """First signal: end gently. Any further one: end at once."""
+        count = 0
+        async for number in received:
+            count += 1
+            what = "unmounting" if count == 1 and self._ready else "aborting"
+            logger.info("%s: %s", signal.Signals(number).name, what)
+            if count == 1 and self._ready:
+                self._announcer.stopping()
+                if self.entry is not None:  # else it is unmounted already, and flushing
+                    self._nursery.start_soon(self._end_gently, self.entry)
+                continue
+            if self.entry is not None:
+                abort_connection(self.entry)
+            self._whole.cancel()
+
+    async def _end_gently(self, entry: MountEntry) -> None:
+        if is_mounted(self.path, entry.device):
+            try:
+                await _in_thread(unmount, self.path)
+            except OSError as error:
+                await self._cut_off(error)
+        # Requests on their way may finish; a daemon that answers nothing must not hold us.
+        self._serving.deadline = trio.current_time() + GRACE_SECONDS
+        if self.entry is not None:
+            pyfuse3.terminate()
+
+    async def _cut_off(self, error: OSError) -> None:
+        if error.errno == errno.EBUSY:
+            await _flush(self.path)
+            users = describe_holders(self.path) or "a process that we cannot see"
+            logger.warning("%s is busy, %s: cut off", self.path, users)
+        else:
+            logger.warning("%s cannot be unmounted: %s", self.path, error.strerror)
+        try:
+            await _in_thread(detach, self.path)
+        except OSError as again:
+            logger.warning("%s stays mounted, dead: %s", self.path, again.strerror)
+
+
+async def _in_thread(function: Callable[[str], None], path: str) -> None:
+    # umount2 of a FUSE mount sends nothing to us, and fusermount3 is a process of its own: the rule
+    # about threads is kept.
+    await trio.to_thread.run_sync(function, path, abandon_on_cancel=True)
+
+
+async def _flush(path: str) -> None:
+    """Have the kernel write back what it holds for files that are still open; bounded."""
+    with trio.move_on_after(FLUSH_SECONDS):
+        process = _start_sync(path)
+        descriptor = os.pidfd_open(process.pid)
+        try:
+            await trio.lowlevel.wait_readable(descriptor)
+            process.wait()
+        finally:
+            os.close(descriptor)
+            if process.returncode is None:
+                process.kill()  # may take effect only when the connection ends: not waited for
+
+
+def _start_sync(path: str) -> subprocess.Popen[bytes]:
+    # Not trio's way of starting processes: that would wait for the end of one that cannot end.
+    return subprocess.Popen(["sync", "-f", path], stderr=subprocess.DEVNULL)
+
+
+async def _list_root(session: Session) -> None:
+    """Make sure that there is something to mount: the daemon lists its root.
+
+    Raises:
+        HandshakeError: It does not, or not in time.
+    """
+    try:
+        with trio.fail_after(ROOT_SECONDS):
+            opened = await session.opendir(ROOT_ID)
+            await session.readdir(ROOT_ID, opened.fh, 0, LISTING_BYTES)
+            await session.releasedir(ROOT_ID, opened.fh)
+    except trio.TooSlowError as error:
+        raise HandshakeError(f"the daemon did not list its root in {ROOT_SECONDS:g} s") from error
+    except RemoteErrno as error:
+        # A directory that may be entered but not listed is a daemon's right (mode 0711).
+        if error.errno not in (errno.EACCES, errno.EPERM):
+            reason = os.strerror(error.errno)
+            raise HandshakeError(f"the daemon cannot list its root: {reason}") from error
+
+
+def _channel_options(settings: MountSettings) -> ChannelOptions:
+    given = {"shm_file": settings.shm_file, "request_timeout": settings.request_timeout}
+    given |= {"queue_size": settings.queue_size, "poll_us": settings.poll_us}
+    return ChannelOptions(**{name: value for name, value in given.items() if value is not None})

@@ -1,0 +1,146 @@
+"""The documents of ``status`` and ``probe``, built from live objects.
+
+The dictionaries are the interface for scripts (``--json``): names stay, new ones may come. Feature
+bits are lists of their names, lowest first; every duration says its unit in its name.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vfsmount.client.arguments import package_version
+from vfsmount.client.mountpoint import is_root
+from vfsmount.wire.fuse import InitFlag, opcode_name
+from vfsmount.wire.vhost_user import ProtocolFeature, VirtioFeature, feature_names
+
+if TYPE_CHECKING:
+    from vfsmount.cache.policy import CachePolicy
+    from vfsmount.channel import Channel
+    from vfsmount.channel.statistics import ChannelStatistics, InFlightRequest
+    from vfsmount.client.mountinfo import MountEntry
+    from vfsmount.client.options import MountSettings
+    from vfsmount.client.session import InitFacts, Session
+    from vfsmount.errors import VfsmountError
+
+__all__ = ["cache_facts", "daemon_facts", "status_document", "traffic"]
+
+ENGINE = "pyfuse3"
+
+
+class Mount(Protocol):
+    """What a serving mount tells about itself (``mount``)."""
+
+    settings: MountSettings
+    path: str
+    policy: CachePolicy
+    entry: MountEntry | None
+    lost: VfsmountError | None
+    started: float
+
+    @property
+    def daemon_pid(self) -> int | None:
+        """Process id of the bundled daemon."""
+
+
+def status_document(mount: Mount, session: Session) -> dict[str, Any]:
+    """Return all that ``vfsmount status`` shows; quick, and without touching the mount."""
+    return {
+        "version": package_version(),
+        "pid": os.getpid(),
+        "mountpoint": mount.path,
+        "device": mount.entry.device if mount.entry is not None else None,
+        "origin": {
+            "socket": mount.settings.socket,
+            "source": mount.settings.source,
+            "daemon_pid": mount.daemon_pid,
+        },
+        "engine": ENGINE,
+        "state": "serving" if mount.lost is None else "daemon lost",
+        "lost": None if mount.lost is None else str(mount.lost),
+        "uptime_s": round(time.monotonic() - mount.started, 3),
+        "options": mount.settings.libfuse_options(as_root=is_root()),
+        "cache": cache_facts(mount.policy),
+        "daemon": daemon_facts(session),
+    } | traffic(session.channel.statistics())
+
+
+def cache_facts(policy: CachePolicy) -> dict[str, Any]:
+    """Return what the kernel may believe, and for how long."""
+    return {
+        "mode": policy.name,
+        "entry_timeout_s": policy.entry_timeout,
+        "attr_timeout_s": policy.attr_timeout,
+        "negative_timeout_s": policy.negative_timeout,
+        "direct_io": policy.direct_io,
+        "keep_cache": policy.keep_cache,
+        "writeback": policy.writeback,
+    }
+
+
+def daemon_facts(session: Session) -> dict[str, Any]:
+    """Return what the daemon offered and what was agreed on."""
+    return _device_facts(session.channel) | _fuse_facts(session.facts)
+
+
+def _device_facts(channel: Channel) -> dict[str, Any]:
+    offer = channel.offer
+    tag = offer.config.tag if offer.config is not None else b""
+    return {
+        "tag": tag.rstrip(b"\0").decode("utf-8", "backslashreplace"),
+        "num_queues": offer.num_queues,
+        "num_request_queues": channel.num_request_queues,
+        "queue_size": channel.queue_size,
+        "max_mem_slots": offer.max_mem_slots,
+        "virtio_features": {
+            "offered": feature_names(VirtioFeature, offer.features),
+            "acked": feature_names(VirtioFeature, channel.features),
+        },
+        "protocol_features": {
+            "offered": feature_names(ProtocolFeature, offer.protocol_features),
+            "acked": feature_names(ProtocolFeature, channel.protocol_features),
+        },
+    }
+
+
+def _fuse_facts(facts: InitFacts) -> dict[str, Any]:
+    return {
+        "fuse_version": f"7.{facts.minor}",
+        "init_flags": feature_names(InitFlag, facts.flags),
+        "max_write": facts.max_write,
+        "max_read": facts.max_read,
+        "max_readahead": facts.max_readahead,
+        "time_granularity_ns": facts.time_gran,
+    }
+
+
+def traffic(statistics: ChannelStatistics) -> dict[str, Any]:
+    """Return what has been asked so far, and what is being waited for.
+
+    ``requests`` has one row per opcode: ``count``, ``errors``, ``mean_us``, ``p50_us``, ``p99_us``.
+    """
+    return {
+        "in_flight": len(statistics.in_flight),
+        "pending": [_pending(request) for request in statistics.in_flight],
+        "mute": [_pending(request) for request in statistics.mute],
+        "requests": {name: asdict(row) for name, row in statistics.requests.items()},
+        "channel": asdict(statistics.notifications)
+        | {
+            "waiting": statistics.waiting,
+            "forgets_waiting": statistics.forgets_waiting,
+            "abandoned": statistics.abandoned,
+            "arena_used_bytes": statistics.arena_used,
+            "memory_resident_bytes": statistics.memory_resident,
+        },
+    }
+
+
+def _pending(request: InFlightRequest) -> dict[str, Any]:
+    return {
+        "opcode": opcode_name(request.opcode),
+        "nodeid": request.nodeid,
+        "age_s": request.age,
+        "abandoned": request.abandoned,
+    }
