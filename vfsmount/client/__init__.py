@@ -1,0 +1,1 @@
+"""FUSE client downward, file system upward: the session, the mount, and what commands it."""

@@ -82,6 +82,7 @@ GRACE_SECONDS = 5.0
 LISTING_BYTES = 4096
 
 logger = logging.getLogger(__name__)
+channel_log = logging.getLogger("vfsmount.channel")
 
 
 def run_mount(settings: MountSettings) -> int:
@@ -170,6 +171,8 @@ class _Mount:
         signals = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup keeps its meaning
             signals.append(signal.SIGHUP)
+        # Until the mount is there, what goes wrong is the command's error, told once.
+        channel_log.setLevel(logging.CRITICAL if logger.getEffectiveLevel() > logging.DEBUG else 0)
         try:
             with trio.open_signal_receiver(*signals) as received:
                 async with trio.open_nursery() as nursery:
@@ -180,6 +183,8 @@ class _Mount:
                     nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise self._cause(cause_of(group)) from group
+        finally:
+            channel_log.setLevel(logging.NOTSET)
         if not self._ready:
             raise MountError("ended by a signal before the mount was ready")
         return ExitCode.DAEMON_LOST if self.lost else ExitCode.OK
@@ -205,18 +210,19 @@ class _Mount:
             await self._mounted(session)
 
     async def _mounted(self, session: Session) -> None:
-        operations = VirtioFsOperations(session, self.policy, on_lost=self._on_lost)
+        operations = VirtioFsOperations(session, self.policy)
         with mounted(operations, self.settings, self.path) as self.entry:
             try:
                 commands = {"status": self._status_command(session)}
                 async with control_socket(self.entry.device, commands):
-                    await self._serve()
+                    await self._serve(session)
             finally:
                 self.entry = None
 
-    async def _serve(self) -> None:
+    async def _serve(self, session: Session) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._announce)
+            nursery.start_soon(self._watch_channel, session)
             with self._serving:
                 try:
                     await pyfuse3.main()
@@ -228,6 +234,7 @@ class _Mount:
         # One turn of the loop, in which pyfuse3 starts; the kernel's INIT is waiting already, and
         # requests of early users wait behind it.
         await trio.lowlevel.checkpoint()
+        channel_log.setLevel(logging.NOTSET)
         if self._daemon is not None:
             self._daemon.started()
         logger.info("%s is mounted on %s", self.settings.origin, self.path)
@@ -242,22 +249,16 @@ class _Mount:
 
     # --- what ends it ---
 
-    def _on_lost(self, error: VfsmountError) -> None:
-        if self.lost is None:
-            self.lost = error
-            self._nursery.start_soon(self._report_loss, error)
-
-    async def _report_loss(self, error: VfsmountError) -> None:
+    async def _watch_channel(self, session: Session) -> None:
+        """Note the loss of the daemon; the channel has put the cause into the log."""
+        error = await session.channel.wait_ended()
+        self.lost = error
+        sd_notify(f"STATUS=the daemon is lost: {error}")
         ended = ""
         if self._daemon is not None:
             ended = await trio.to_thread.run_sync(self._daemon.exit_status)
-        logger.error(
-            "the daemon is lost: %s%s; users of %s get errors until it is unmounted",
-            error,
-            f" (its process ended with {ended})" if ended else "",
-            self.path,
-        )
-        sd_notify("STATUS=the daemon is lost")
+        how = f" (its process ended with {ended})" if ended else ""
+        logger.warning("the daemon is lost%s: %s gives errors until unmounted", how, self.path)
 
     async def _heed(self, received: AsyncIterator[int]) -> None:
         """First signal: end gently. Any further one: end at once."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import stat
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import trio
@@ -87,6 +87,8 @@ GUEST_FLAGS = (
     | InitFlag.DIRECT_IO_ALLOW_MMAP
 )
 
+_NO_FLAGS = InitFlag(0)
+
 #: Bytes of one page in INIT's max_pages, and how many pages there are without MAX_PAGES.
 PAGE_SIZE = 4096
 DEFAULT_MAX_PAGES = 32
@@ -145,7 +147,7 @@ async def connect(
     *,
     sock: socket_module.socket | None = None,
     options: ChannelOptions | None = None,
-    extra_flags: InitFlag = InitFlag(0),
+    extra_flags: InitFlag = _NO_FLAGS,
 ) -> AsyncIterator[Session]:
     """Connect to a daemon, start a session, and end it with DESTROY.
 
@@ -159,16 +161,18 @@ async def connect(
         ConnectError: Nobody there.
         HandshakeError: The peer does not speak vhost-user or FUSE as we can.
     """
-    async with open_channel(path, options or ChannelOptions(), sock=sock) as channel:
-        async with trio.open_nursery() as nursery:
-            session = Session(channel, nursery)
-            await session._start(GUEST_FLAGS | extra_flags)
-            try:
-                yield session
-            finally:
-                with trio.CancelScope(deadline=trio.current_time() + DESTROY_PATIENCE, shield=True):
-                    await session._destroy()
-            nursery.cancel_scope.cancel()
+    async with (
+        open_channel(path, options or ChannelOptions(), sock=sock) as channel,
+        trio.open_nursery() as nursery,
+    ):
+        session = Session(channel, nursery)
+        await session._start(GUEST_FLAGS | extra_flags)
+        try:
+            yield session
+        finally:
+            with trio.CancelScope(deadline=trio.current_time() + DESTROY_PATIENCE, shield=True):
+                await session._destroy()
+        nursery.cancel_scope.cancel()
 
 
 class Session:
@@ -214,10 +218,9 @@ class Session:
         self._setxattr_ext = InitFlag.SETXATTR_EXT in accepted
 
     async def _destroy(self) -> None:
-        try:
+        # It is over either way.
+        with suppress(RemoteErrno, ChannelBroken, ChannelClosed, RequestTimeout):
             await self.channel.request(Opcode.DESTROY, 0, b"", reply_size=0)
-        except (RemoteErrno, ChannelBroken, ChannelClosed, RequestTimeout):
-            pass  # it is over either way, and virtiofsd 1.13 does not answer DESTROY
 
     # --- names -----------------------------------------------------------------------------------
 
@@ -618,7 +621,7 @@ class Session:
     async def readdir(
         self, nodeid: int, fh: int, offset: int, size: int, caller: Identity | None = None
     ) -> list[fuse.DirEntry]:
-        """READDIR: as many names as fit into ``size`` bytes, after cookie ``offset``; [] at the end."""
+        """READDIR: names after cookie ``offset`` that fit into ``size`` bytes; [] at the end."""
         body = fuse.READ_IN.values(fh, offset, size, 0, 0, 0)
         data = await self._data(Opcode.READDIR, nodeid, body, size, caller)
         return self._listed(Opcode.READDIR, fuse.iter_dirents(data))
@@ -626,7 +629,7 @@ class Session:
     async def readdirplus(
         self, nodeid: int, fh: int, offset: int, size: int, caller: Identity | None = None
     ) -> list[fuse.DirEntryPlus]:
-        """READDIRPLUS: as readdir, each name with its entry, which is a reference (nodeid not 0)."""
+        """READDIRPLUS: as readdir, each name with its entry: a reference, if it has a nodeid."""
         body = fuse.READ_IN.values(fh, offset, size, 0, 0, 0)
         data = await self._data(
             Opcode.READDIRPLUS, nodeid, body, size, caller, on_abandoned=self._undo_listing
@@ -662,7 +665,7 @@ class Session:
         moffset: int,
         fh: int = 0xFFFFFFFFFFFFFFFF,
     ) -> None:
-        """SETUPMAPPING: map ``length`` bytes at ``foffset`` of the file at ``moffset`` of the window."""
+        """SETUPMAPPING: map ``length`` bytes of the file at ``moffset`` of the window."""
         body = fuse.SETUPMAPPING_IN.values(fh, foffset, length, flags, moffset)
         await self._plain(Opcode.SETUPMAPPING, nodeid, body, None)
 
@@ -860,10 +863,9 @@ class Session:
             self._nursery.start_soon(self._release_quietly, release, nodeid, fh)
 
     async def _release_quietly(self, release: Opcode, nodeid: int, fh: int) -> None:
-        try:
+        # close(2) has nobody to tell either.
+        with suppress(RemoteErrno, ChannelBroken, ChannelClosed, RequestTimeout):
             await self._plain(release, nodeid, fuse.RELEASE_IN.values(fh, 0, 0, 0), None)
-        except (RemoteErrno, ChannelBroken, ChannelClosed, RequestTimeout):
-            pass  # close(2) has nobody to tell either
 
 
 def decode_init(reply: bytes, offered: InitFlag) -> InitFacts:

@@ -46,7 +46,7 @@ class Codec(Generic[R]):
         return f"<Codec {self.name}, {self.size} bytes>"
 
     def pack(self, record: R) -> bytes:
-        """Return the struct as ``size`` bytes; a field out of range is a ``struct.error``: our bug."""
+        """Return the struct as ``size`` bytes; a field out of range is a ``struct.error``."""
         return self._struct.pack(*record)
 
     def values(self, *fields: int | bytes) -> bytes:

@@ -8,8 +8,8 @@ look like" reads it: both ends of the wire, the tests and the statistics.
     reply:    fuse_out_header | out-structs | data
     notify:   fuse_out_header (unique 0, error = code) | struct | name NUL or data
 
-A decoder takes any bytes and returns a record or raises WireError. Whatever comes from the other
-side must be copied out of shared memory before it is given to a decoder: they read some bytes twice.
+A decoder takes any bytes and returns a record or raises WireError. What comes from the other
+side must be copied out of shared memory before it is decoded: some bytes are read twice.
 """
 
 from __future__ import annotations
