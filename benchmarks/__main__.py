@@ -1,0 +1,154 @@
+"""The command line of the benchmark: what to run, and where the results go."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from benchmarks.machine import describe
+from benchmarks.operations import OPERATIONS, TREE_MEBIBYTES
+from benchmarks.peers import Unavailable, load_generator
+from benchmarks.processes import enter_private_mounts, sweep
+from benchmarks.report import as_json, as_text
+from benchmarks.rounds import Plan, Results, run
+from benchmarks.series import SERIES
+from benchmarks.subjects import SUBJECTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+RESULTS = Path(__file__).with_name("results")
+TMPFS = Path("/dev/shm")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+ABOUT = "Measure vfsmount beside its nearest relatives; benchmarks/README.md says what and how."
+QUICK_ROUNDS = 1
+QUICK_SHARE = 0.2
+
+
+def main() -> int:
+    """Measure, print, write; 130 when interrupted (what was measured is reported all the same)."""
+    options = _options()
+    enter_private_mounts()
+    plan = _plan(options)
+    machine = describe()
+    _check_room(len(options.subjects))
+    work = Path(tempfile.mkdtemp(prefix="vfsmount-bench-", dir=TMPFS))
+    results = Results()
+    status = 0
+    try:
+        load_generator()
+        _raise_on_signals()
+        run(plan, results, work)
+    except Unavailable as reason:
+        sys.exit(f"benchmarks: {reason}")
+    except KeyboardInterrupt:
+        print("interrupted: reporting what there is", file=sys.stderr)
+        status = 130
+    finally:
+        _ignore_signals()
+        sweep(work)
+        shutil.rmtree(work, ignore_errors=True)
+    if results.values:
+        _publish(plan, results, machine, options.json)
+    return status
+
+
+def _check_room(trees: int) -> None:
+    """End here rather than with a full tmpfs: containers often have one of 64 MiB."""
+    if not TMPFS.is_dir():
+        sys.exit(f"benchmarks: there is no {TMPFS} to work in")
+    space = os.statvfs(TMPFS)
+    free, needed = space.f_bavail * space.f_frsize >> 20, trees * TREE_MEBIBYTES
+    if free < needed:
+        sys.exit(f"benchmarks: {TMPFS} has {free} MiB free, {needed} MiB are needed")
+
+
+def _publish(plan: Plan, results: Results, machine: dict[str, object], path: Path) -> None:
+    print(as_text(plan, results, machine))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(as_json(plan, results, machine), indent=1) + "\n")
+    print(f"\neverything is in {path}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=ABOUT)
+    add = parser.add_argument
+    add("--rounds", type=_positive, metavar="N", help="rounds (default 5)")
+    add("--subjects", type=_names(SUBJECTS), default=frozenset(SUBJECTS), metavar="A,B",
+        help=f"of {', '.join(SUBJECTS)}")  # fmt: skip
+    add("--ops", type=_names(OPERATIONS), default=frozenset(OPERATIONS), metavar="A,B",
+        help=f"of {', '.join(OPERATIONS)}")  # fmt: skip
+    add("--series", type=_names(SERIES), default=frozenset(SERIES), metavar="A,B",
+        help=f"tables to fill, of {', '.join(SERIES)}")  # fmt: skip
+    add("--quick", action="store_true", help="one round of a fifth of the calls: does it work?")
+    add("--cpu", type=int, default=max(os.sched_getaffinity(0)), metavar="N",
+        help="processor for everything (default: the last)")  # fmt: skip
+    add("--unpinned", action="store_true", help="leave the choice of processors to the kernel")
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    add("--json", type=Path, default=RESULTS / f"{stamp}.json", metavar="PATH",
+        help="where to write all figures (default: benchmarks/results/TIME.json)")  # fmt: skip
+    options = parser.parse_args()
+    if options.cpu not in os.sched_getaffinity(0):
+        parser.error(f"there is no CPU {options.cpu} for us")
+    return options
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    return Plan(
+        series=[series for series in SERIES.values() if series.name in options.series],
+        subjects=options.subjects,
+        operations=options.ops,
+        rounds=options.rounds or (QUICK_ROUNDS if options.quick else 5),
+        cpu=options.cpu,
+        unpinned=options.unpinned,
+        share=QUICK_SHARE if options.quick else 1.0,
+        churn=not options.quick,
+    )
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+class _names:
+    """An argument type: names of a table, with commas in between."""
+
+    def __init__(self, known: Iterable[str]) -> None:
+        self._known = frozenset(known)
+
+    def __call__(self, text: str) -> frozenset[str]:
+        names = frozenset(filter(None, text.split(",")))
+        if unknown := sorted(names - self._known):
+            raise argparse.ArgumentTypeError(f"there is no {', '.join(unknown)}")
+        return names
+
+
+def _raise_on_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    # Once: nothing may interrupt the unmounting that follows.
+    _ignore_signals()
+    raise KeyboardInterrupt
+
+
+def _ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

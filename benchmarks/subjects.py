@@ -1,0 +1,129 @@
+"""Who is measured: a table of subjects, each a way to mount a folder.
+
+A subject says what it is, how to get ready (once; may raise `Unavailable`), and the command that
+mounts a stage. Everything about starting, pinning, waiting and killing is `processes`' business.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from benchmarks.peers import Unavailable, passthrough_ll, passthroughfs
+from tests.support.daemons import daemon_problem, start_daemon
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+__all__ = ["SUBJECTS", "Stage", "Subject"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where and how a subject is to perform.
+
+    Attributes:
+        source: The folder to show.
+        mountpoint: An empty folder.
+        cache: ``none`` or ``auto``, in vfsmount's words.
+        cpu: The only processor to use; None for all.
+    """
+
+    source: Path
+    mountpoint: Path
+    cache: str
+    cpu: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One column of the tables.
+
+    Attributes:
+        name: Its name on the command line, in tables, bars and the JSON file.
+        what: One line that says what it is and what is peculiar about it.
+        prepare: Brings what it needs; raises `Unavailable`.
+        command: For the length of a ``with`` block, whatever the subject needs besides itself runs;
+            the value is the command that mounts the stage and stays in the foreground. An empty
+            one mounts nothing: the source itself is measured.
+        churn: Whether it is asked to create, list and remove thousands of files.
+    """
+
+    name: str
+    what: str
+    prepare: Callable[[], object]
+    command: Callable[[Stage], AbstractContextManager[list[str]]]
+    churn: bool = False
+
+    @property
+    def mounts(self) -> bool:
+        return self.name != "native"
+
+
+@contextmanager
+def _nothing(stage: Stage) -> Iterator[list[str]]:
+    yield []
+
+
+@contextmanager
+def _passthrough_ll(stage: Stage) -> Iterator[list[str]]:
+    cache = {"none": "never", "auto": "auto"}[stage.cache]
+    # The two others let the kernel check permissions, so this one is made to.
+    options = f"source={stage.source},cache={cache},default_permissions,fsname=passthrough_ll"
+    # On one processor its threads only cost: a backlog of RELEASEs makes it start some and end
+    # them again, and open+read+close takes twice as long. The others have one thread, too.
+    threads = [] if stage.cpu is None else ["-s"]
+    yield [str(passthrough_ll()), "-f", *threads, "-o", options, str(stage.mountpoint)]
+
+
+@contextmanager
+def _passthroughfs(stage: Stage) -> Iterator[list[str]]:
+    yield [sys.executable, str(passthroughfs()), str(stage.source), str(stage.mountpoint)]
+
+
+def _vfsmount(kind: str) -> Subject:
+    def prepare() -> None:
+        if problem := daemon_problem(kind):
+            raise Unavailable(problem)
+
+    @contextmanager
+    def command(stage: Stage) -> Iterator[list[str]]:
+        # No extended attributes: neither peer serves them, and where a daemon does, the kernel
+        # asks for security.capability before each write. The bundled daemon always does.
+        with start_daemon(kind, stage.source, cache=stage.cache, xattr=False) as daemon:
+            words = [sys.executable, "-m", "vfsmount", str(stage.mountpoint)]
+            words += ["--socket", str(daemon.socket), "--cache", stage.cache, "-f"]
+            yield words + (["--cpus", str(stage.cpu)] if stage.cpu is not None else [])
+
+    origin = {"c": "QEMU's C virtiofsd", "rust": "Rust virtiofsd", "bundled": "the bundled daemon"}
+    return Subject(
+        f"vfsmount-{kind}", f"vfsmount over {origin[kind]}", prepare, command, churn=True
+    )
+
+
+SUBJECTS: dict[str, Subject] = {
+    subject.name: subject
+    for subject in (
+        Subject("native", "the folder itself, on tmpfs", lambda: None, _nothing),
+        Subject(
+            "passthrough_ll",
+            "libfuse's example in C; in-process; one thread when pinned, else as many as it likes",
+            passthrough_ll,
+            _passthrough_ll,
+        ),
+        Subject(
+            "passthroughfs",
+            "pyfuse3's example in Python; in-process. Its one mode: names and attributes are "
+            "never valid, pages are cached (so each uncached read is GETATTR and READ)",
+            passthroughfs,
+            _passthroughfs,
+        ),
+        _vfsmount("c"),
+        _vfsmount("rust"),
+        _vfsmount("bundled"),
+    )
+}
