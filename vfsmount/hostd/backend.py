@@ -1,0 +1,506 @@
+"""The vhost-user back-end as a state machine: one front-end, one device.
+
+Messages go in decoded, with their descriptors; replies come out as records. There is no socket
+here and nothing waits, so every state can be reached by a list of calls.
+
+A ring *runs* while it is enabled, has a size and addresses, and a kick descriptor (or the front-end
+said that it will not kick). That is decided anew after each message, in ``_reconcile``, and a ring
+that starts to run is looked at without waiting for a kick: one that came while the ring was not
+enabled is not lost. Addresses are resolved again whenever the memory table changes.
+
+Rules for what may come when:
+* A message whose feature was not negotiated ends the connection.
+* A message that cannot be obeyed raises ``Refused`` and changes nothing.
+* Size and base of a ring are fixed while it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING, Any, Final
+
+from vfsmount.hostd.faults import GuestFault, Refused, RingFault
+from vfsmount.hostd.memory import MAX_MEM_SLOTS, GuestMemory
+from vfsmount.hostd.vring import DeviceRing
+from vfsmount.wire.vhost_user import (
+    MAX_CONFIG_SIZE,
+    ConfigRange,
+    FrontendRequest,
+    ProtocolFeature,
+    VirtioFeature,
+    VringState,
+    feature_names,
+    missing_features,
+)
+from vfsmount.wire.virtio_fs import encode_config
+from vfsmount.wire.vring import (
+    AVAIL_ALIGN,
+    DESC_ALIGN,
+    INDEX_MASK,
+    USED_ALIGN,
+    avail_ring_size,
+    desc_table_size,
+    is_queue_size,
+    used_ring_size,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from vfsmount.wire.vhost_user import FdWord, MemoryRegion, MemoryTable, MessageKind, VringAddr
+    from vfsmount.wire.virtio_fs import Config
+
+__all__ = ["FEATURES", "PROTOCOL_FEATURES", "Backend", "Queue"]
+
+logger = logging.getLogger(__name__)
+
+#: What the device offers. Everything else is about other transports, legacy, or migration.
+FEATURES: Final = int(
+    VirtioFeature.RING_INDIRECT_DESC
+    | VirtioFeature.RING_EVENT_IDX
+    | VirtioFeature.PROTOCOL_FEATURES
+    | VirtioFeature.VERSION_1
+)
+PROTOCOL_FEATURES: Final = int(
+    ProtocolFeature.MQ
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.BACKEND_SEND_FD
+    | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
+)
+
+_BIT_30: Final = int(VirtioFeature.PROTOCOL_FEATURES)
+_EVENT_IDX: Final = int(VirtioFeature.RING_EVENT_IDX)
+_INDIRECT: Final = int(VirtioFeature.RING_INDIRECT_DESC)
+_REPLY_ACK: Final = int(ProtocolFeature.REPLY_ACK)
+_NO_FD: Final = -1
+
+
+class Queue:
+    """One virtqueue and its three eventfds, which it owns.
+
+    Attributes:
+        index: Number on the wire; 0 is the hiprio queue.
+        size: Entries; 0 until told.
+        addresses: Where its parts lie, as user addresses; None until told.
+        base: Next available index while it does not run.
+        enabled: SET_VRING_ENABLE's state, which outlives a stop.
+        kick: Its descriptor, or -1.
+        kickless: The front-end will not kick; the ring has to be looked at now and then.
+        ring: The running ring, else None.
+    """
+
+    __slots__ = (
+        "_call",
+        "_err",
+        "addresses",
+        "base",
+        "enabled",
+        "index",
+        "kick",
+        "kickless",
+        "ring",
+        "size",
+    )
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.size = 0
+        self.addresses: VringAddr | None = None
+        self.base = 0
+        self.enabled = False
+        self.kick = _NO_FD
+        self.kickless = False
+        self.ring: DeviceRing | None = None
+        self._call = _NO_FD
+        self._err = _NO_FD
+
+    @property
+    def may_run(self) -> bool:
+        """Whether all that it takes is there."""
+        reachable = self.kickless or self.kick >= 0
+        return self.enabled and reachable and self.size > 0 and self.addresses is not None
+
+    def stop(self) -> None:
+        """Stop running; where the ring was is kept in ``base``."""
+        if self.ring is not None:
+            self.base = self.ring.next_avail
+            self.ring = None
+
+    def set_kick(self, fd: int, kickless: bool) -> None:
+        """Take over a kick descriptor, or -1 and whether there will be none."""
+        _close(self.kick)
+        self.kick = fd
+        self.kickless = kickless
+
+    def set_call(self, fd: int) -> None:
+        """Take over a call descriptor, or -1: the front-end looks by itself."""
+        _close(self._call)
+        self._call = fd
+
+    def set_err(self, fd: int) -> None:
+        """Take over an error descriptor, or -1."""
+        _close(self._err)
+        self._err = fd
+
+    def call(self) -> None:
+        """Tell the driver that chains were used."""
+        _signal(self._call)
+
+    def fail(self) -> None:
+        """Tell the front-end that the ring is broken."""
+        _signal(self._err)
+
+    def drain_kick(self) -> None:
+        """Take a kick note of.
+
+        Raises:
+            RingFault: The descriptor does not behave like an eventfd.
+        """
+        try:
+            os.eventfd_read(self.kick)
+        except BlockingIOError:
+            return  # somebody else, the front-end most likely, has read it
+        except OSError as error:
+            raise RingFault(f"kick descriptor: {error.strerror}") from None
+
+    def reset(self) -> None:
+        """Forget everything, and close the descriptors."""
+        self.ring = None
+        self.set_kick(_NO_FD, kickless=False)
+        self.set_call(_NO_FD)
+        self.set_err(_NO_FD)
+        self.size = self.base = 0
+        self.addresses = None
+        self.enabled = False
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
+
+
+def _signal(fd: int) -> None:
+    """Write to an eventfd that its owner may have filled to the brim, which counts as told."""
+    if fd < 0:
+        return
+    try:
+        os.eventfd_write(fd, 1)
+    except BlockingIOError:
+        pass
+    except OSError as error:
+        raise GuestFault(f"call descriptor: {error.strerror}") from None
+
+
+def _take_eventfd(fds: list[int]) -> int:
+    """Take an eventfd out of what came with a message; -1 when nothing came.
+
+    Reading and writing whatever else a guest may send could block us, or act on its behalf.
+    """
+    if not fds:
+        return _NO_FD
+    if os.readlink(f"/proc/self/fd/{fds[0]}") != "anon_inode:[eventfd]":
+        raise Refused("kick, call or error descriptor that is no eventfd")
+    os.set_blocking(fds[0], False)
+    return fds.pop(0)
+
+
+class Backend:
+    """State of one device.
+
+    Args:
+        config: Its config space.
+        on_reset: Called when the driver's state is to be forgotten.
+
+    Attributes:
+        features: Virtio features acknowledged.
+        protocol_features: Protocol features acknowledged.
+        memory: The guest's memory.
+        queues: All queues, hiprio first.
+        running: Those that run.
+    """
+
+    def __init__(self, config: Config, on_reset: Callable[[], None]) -> None:
+        self.features = 0
+        self.protocol_features = 0
+        self.memory = GuestMemory()
+        self.queues = [Queue(index) for index in range(1 + config.num_request_queues)]
+        self.running: list[Queue] = []
+        self._config = encode_config(config)
+        self._on_reset = on_reset
+        self._request_fd = _NO_FD
+        self._status = 0
+
+    @property
+    def acknowledges(self) -> bool:
+        """Whether NEED_REPLY is to be answered."""
+        return bool(self.protocol_features & _REPLY_ACK)
+
+    def close(self) -> None:
+        """The front-end has gone: let go of memory and descriptors."""
+        self._forget_queues()
+        self.memory.close()
+        self._set_request_fd(_NO_FD)
+
+    def handle(self, kind: MessageKind, record: Any, fds: list[int]) -> Any:
+        """Obey one message.
+
+        Args:
+            kind: Its row in the table of messages.
+            record: Its payload, decoded.
+            fds: Its descriptors. Those that are kept are taken out; the rest stay the caller's.
+
+        Returns:
+            Payload of the reply, for a message that has one; else None.
+
+        Raises:
+            Refused: It cannot be obeyed; nothing has changed.
+            GuestFault: The message may not come now, or not at all.
+        """
+        request = FrontendRequest(kind.request)
+        negotiating = request in _NEGOTIATION
+        features = self.features | (_BIT_30 if negotiating else 0)
+        missing = missing_features(kind, self.protocol_features, features)
+        if missing:
+            raise GuestFault(f"{request.name} without {' and '.join(missing)}")
+        handler = _HANDLERS.get(request)
+        if handler is None:
+            raise GuestFault(f"{request.name} is not for this device")
+        reply = handler(self, record, fds)
+        self._reconcile()
+        return reply
+
+    # --- negotiation -----------------------------------------------------------------------------
+
+    def _get_features(self, _record: None, _fds: list[int]) -> int:
+        return FEATURES
+
+    def _set_features(self, bits: int, _fds: list[int]) -> None:
+        if bits & ~FEATURES:
+            names = " ".join(feature_names(VirtioFeature, bits & ~FEATURES))
+            raise Refused(f"features that were not offered: {names}")
+        if bits != self.features and self.running:
+            raise Refused("other features while rings run")
+        self.features = bits
+        if not bits & _BIT_30:  # then there is no SET_VRING_ENABLE, and all are
+            for queue in self.queues:
+                queue.enabled = True
+
+    def _get_protocol_features(self, _record: None, _fds: list[int]) -> int:
+        return PROTOCOL_FEATURES
+
+    def _set_protocol_features(self, bits: int, _fds: list[int]) -> None:
+        if bits & ~PROTOCOL_FEATURES:
+            names = " ".join(feature_names(ProtocolFeature, bits & ~PROTOCOL_FEATURES))
+            raise Refused(f"protocol features that were not offered: {names}")
+        self.protocol_features = bits
+
+    def _set_owner(self, _record: None, _fds: list[int]) -> None:
+        """The connection is the owner; saying so twice harms nobody."""
+
+    def _get_queue_num(self, _record: None, _fds: list[int]) -> int:
+        return len(self.queues)
+
+    def _get_max_mem_slots(self, _record: None, _fds: list[int]) -> int:
+        return MAX_MEM_SLOTS
+
+    def _get_config(self, wanted: ConfigRange, _fds: list[int]) -> ConfigRange:
+        """Bytes beyond what the device has are zero: front-ends ask for the largest there is."""
+        space = self._config.ljust(MAX_CONFIG_SIZE, b"\0")
+        data = space[wanted.offset : wanted.offset + len(wanted.data)]
+        return ConfigRange(wanted.offset, wanted.flags, data)
+
+    def _set_config(self, _record: ConfigRange, _fds: list[int]) -> None:
+        raise Refused("the config space of a virtio-fs device is read-only")
+
+    def _set_backend_req_fd(self, _record: None, fds: list[int]) -> None:
+        self._set_request_fd(fds.pop(0))
+
+    def _set_request_fd(self, fd: int) -> None:
+        """Hold the back-end request channel; there is nothing to ask the front-end for yet."""
+        _close(self._request_fd)
+        self._request_fd = fd
+
+    # --- memory ----------------------------------------------------------------------------------
+
+    def _set_mem_table(self, table: MemoryTable, fds: list[int]) -> None:
+        self.memory.replace(table.regions, fds)
+        self._suspend()
+
+    def _add_mem_reg(self, region: MemoryRegion, fds: list[int]) -> None:
+        self.memory.add(region, fds[0])
+
+    def _rem_mem_reg(self, region: MemoryRegion, _fds: list[int]) -> None:
+        self.memory.remove(region)
+        self._suspend()
+
+    def _suspend(self) -> None:
+        """Stop all rings for ``_reconcile`` to start again on the memory as it is now."""
+        for queue in self.running:
+            queue.stop()
+
+    # --- rings -----------------------------------------------------------------------------------
+
+    def _queue(self, index: int) -> Queue:
+        if index >= len(self.queues):
+            raise Refused(f"ring {index} of a device with {len(self.queues)}")
+        return self.queues[index]
+
+    def _stopped(self, index: int) -> Queue:
+        queue = self._queue(index)
+        if queue.ring is not None:
+            raise Refused(f"ring {index} runs")
+        return queue
+
+    def _set_vring_num(self, state: VringState, _fds: list[int]) -> None:
+        if not is_queue_size(state.num):
+            raise Refused(f"ring of {state.num} entries")
+        self._stopped(state.ring).size = state.num
+
+    def _set_vring_base(self, state: VringState, _fds: list[int]) -> None:
+        if state.num > INDEX_MASK:
+            raise Refused(f"ring index {state.num}")
+        self._stopped(state.ring).base = state.num
+
+    def _set_vring_addr(self, addresses: VringAddr, _fds: list[int]) -> None:
+        queue = self._queue(addresses.ring)
+        if not queue.size:
+            raise Refused(f"address of ring {queue.index} before its size")
+        try:
+            self._parts(addresses, queue.size)
+        except RingFault as fault:
+            raise Refused(str(fault)) from None
+        queue.stop()
+        queue.addresses = addresses
+
+    def _get_vring_base(self, state: VringState, _fds: list[int]) -> VringState:
+        """Stop a ring. Requests are served one after the other, so none is left half done."""
+        queue = self._queue(state.ring)
+        queue.stop()
+        queue.set_kick(_NO_FD, kickless=False)
+        return VringState(queue.index, queue.base)
+
+    def _set_vring_kick(self, word: FdWord, fds: list[int]) -> None:
+        queue = self._queue(word.ring)
+        queue.set_kick(_take_eventfd(fds), kickless=word.no_fd)
+
+    def _set_vring_call(self, word: FdWord, fds: list[int]) -> None:
+        self._queue(word.ring).set_call(_take_eventfd(fds))
+
+    def _set_vring_err(self, word: FdWord, fds: list[int]) -> None:
+        self._queue(word.ring).set_err(_take_eventfd(fds))
+
+    def _set_vring_enable(self, state: VringState, _fds: list[int]) -> None:
+        if state.num > 1:
+            raise Refused(f"ring enabled with {state.num}")
+        self._queue(state.ring).enabled = state.num == 1
+
+    # --- reset -----------------------------------------------------------------------------------
+
+    def _set_status(self, status: int, _fds: list[int]) -> None:
+        self._status = status & 0xFF
+        if not self._status:
+            self._reset()
+
+    def _get_status(self, _record: None, _fds: list[int]) -> int:
+        return self._status
+
+    def _reset_device(self, _record: None, _fds: list[int]) -> None:
+        self._status = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        """As after power-on; memory table, owner and what was negotiated remain."""
+        self._forget_queues()
+        self._on_reset()
+
+    def _forget_queues(self) -> None:
+        for queue in self.queues:
+            queue.reset()
+        self.running = []
+
+    # --- running ---------------------------------------------------------------------------------
+
+    def _reconcile(self) -> None:
+        """Start and stop rings as the state now wants.
+
+        Raises:
+            RingFault: A ring's memory has been taken away under it.
+        """
+        for queue in self.queues:
+            if not queue.may_run:
+                queue.stop()
+            elif queue.ring is None:
+                queue.ring = self._start(queue)
+        self.running = [queue for queue in self.queues if queue.ring is not None]
+
+    def _start(self, queue: Queue) -> DeviceRing:
+        assert queue.addresses is not None
+        desc, avail, used = self._parts(queue.addresses, queue.size)
+        logger.debug("ring %d runs, %d entries from %d", queue.index, queue.size, queue.base)
+        return DeviceRing(
+            queue.size,
+            desc,
+            avail,
+            used,
+            next_avail=queue.base,
+            translate=self.memory.at_guest,
+            event_idx=bool(self.features & _EVENT_IDX),
+            indirect=bool(self.features & _INDIRECT),
+        )
+
+    def _parts(self, addresses: VringAddr, size: int) -> tuple[memoryview, memoryview, memoryview]:
+        """Resolve a ring's three parts.
+
+        Raises:
+            RingFault: One is not aligned, or not inside one memory region.
+        """
+        parts = (
+            (addresses.desc_user_addr, DESC_ALIGN, desc_table_size(size)),
+            (addresses.avail_user_addr, AVAIL_ALIGN, avail_ring_size(size)),
+            (addresses.used_user_addr, USED_ALIGN, used_ring_size(size)),
+        )
+        for user_addr, alignment, _ in parts:
+            if user_addr % alignment:
+                raise RingFault(f"ring part at {user_addr:#x} is not aligned to {alignment}")
+        desc, avail, used = (self.memory.at_user(addr, length) for addr, _, length in parts)
+        return desc, avail, used
+
+
+#: Needing bit 30, these two only need it offered.
+_NEGOTIATION: Final = frozenset(
+    (FrontendRequest.GET_PROTOCOL_FEATURES, FrontendRequest.SET_PROTOCOL_FEATURES)
+)
+
+_R = FrontendRequest
+_HANDLERS: Final[Mapping[FrontendRequest, Callable[[Backend, Any, list[int]], Any]]] = {
+    _R.GET_FEATURES: Backend._get_features,
+    _R.SET_FEATURES: Backend._set_features,
+    _R.GET_PROTOCOL_FEATURES: Backend._get_protocol_features,
+    _R.SET_PROTOCOL_FEATURES: Backend._set_protocol_features,
+    _R.SET_OWNER: Backend._set_owner,
+    _R.RESET_OWNER: Backend._reset_device,
+    _R.GET_QUEUE_NUM: Backend._get_queue_num,
+    _R.GET_MAX_MEM_SLOTS: Backend._get_max_mem_slots,
+    _R.GET_CONFIG: Backend._get_config,
+    _R.SET_CONFIG: Backend._set_config,
+    _R.SET_BACKEND_REQ_FD: Backend._set_backend_req_fd,
+    _R.SET_MEM_TABLE: Backend._set_mem_table,
+    _R.ADD_MEM_REG: Backend._add_mem_reg,
+    _R.REM_MEM_REG: Backend._rem_mem_reg,
+    _R.SET_VRING_NUM: Backend._set_vring_num,
+    _R.SET_VRING_BASE: Backend._set_vring_base,
+    _R.SET_VRING_ADDR: Backend._set_vring_addr,
+    _R.GET_VRING_BASE: Backend._get_vring_base,
+    _R.SET_VRING_KICK: Backend._set_vring_kick,
+    _R.SET_VRING_CALL: Backend._set_vring_call,
+    _R.SET_VRING_ERR: Backend._set_vring_err,
+    _R.SET_VRING_ENABLE: Backend._set_vring_enable,
+    _R.SET_STATUS: Backend._set_status,
+    _R.GET_STATUS: Backend._get_status,
+    _R.RESET_DEVICE: Backend._reset_device,
+}

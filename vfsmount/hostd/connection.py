@@ -1,0 +1,238 @@
+"""One guest: its socket, its rings, and the thread that serves both.
+
+The thread has three things to do and takes them in this order:
+
+1. serve what its rings hold;
+2. look at the rings a little longer, yielding the CPU in between (``polling``);
+3. sleep until a kick or a message comes.
+
+Kicks are asked for only on the way from 2 to 3, so a busy guest sends none. While the rings are
+busy the socket is still looked at, every ``_BURST`` requests. Used chains are published one by one,
+and the guest is called once for up to ``_BATCH`` of them.
+
+Whatever goes wrong with a guest ends its own connection, with one line in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from vfsmount.errors import WireError
+from vfsmount.hostd.backend import Backend
+from vfsmount.hostd.barrier import RECHECK_MS
+from vfsmount.hostd.faults import GuestFault, Refused, RingFault
+from vfsmount.hostd.fs.dispatch import FuseServer
+from vfsmount.hostd.fs.session import Session
+from vfsmount.hostd.messages import close_all, receive, send_reply
+from vfsmount.hostd.polling import PollWindow
+from vfsmount.wire.vhost_user import (
+    FRONTEND_MESSAGES,
+    FrontendRequest,
+    check_fds,
+    decode_payload,
+    encode_ack,
+    encode_reply,
+    kind_of,
+)
+from vfsmount.wire.virtio_fs import Config
+
+if TYPE_CHECKING:
+    from vfsmount.hostd.backend import Queue
+    from vfsmount.hostd.fs.share import Share
+    from vfsmount.hostd.messages import Message
+    from vfsmount.hostd.vring import DeviceRing
+    from vfsmount.wire.vhost_user import Header
+
+__all__ = ["Connection"]
+
+logger = logging.getLogger(__name__)
+
+#: Requests between two looks at the socket: a few milliseconds.
+_BURST: Final = 256
+#: Used chains before the guest is called, if more are waiting. It may be asleep meanwhile.
+_BATCH: Final = 16
+#: Seconds that a front-end may take to finish a message, or to take a reply.
+_MESSAGE_TIMEOUT: Final = 10.0
+#: Milliseconds between looks at a ring whose front-end will not kick.
+_KICKLESS_MS: Final = 1
+_FAILURE: Final = 1
+
+
+class Connection:
+    """A connected guest.
+
+    Args:
+        sock: The connection; owned from here on.
+        share: What the guest sees.
+        name: For the log.
+        poll_ns: Longest time to look at the rings before sleeping.
+    """
+
+    def __init__(self, sock: socket.socket, share: Share, *, name: str, poll_ns: int) -> None:
+        sock.settimeout(_MESSAGE_TIMEOUT)
+        self.name = name
+        self._sock = sock
+        self._session = Session(share)
+        self._fuse = FuseServer(self._session)
+        options = share.options
+        config = Config(options.tag, options.request_queues)
+        self._backend = Backend(config, self._session.reset)
+        self._window = PollWindow(poll_ns)
+        self._rings: list[tuple[Queue, DeviceRing]] = []
+        self._kicks: dict[int, Queue] = {}
+        self._poll = select.poll()
+        self._idle_since = 0
+
+    def run(self) -> None:
+        """Serve the guest until it leaves; everything it held is let go. Raises nothing."""
+        logger.info("%s connected", self.name)
+        try:
+            self._session.credentials.settle()
+            self._watch()
+            self._converse()
+        except (GuestFault, WireError) as fault:
+            logger.warning("%s: %s; closing its connection", self.name, fault)
+        except OSError as error:  # of the socket: the front-end is gone, or stuck
+            logger.warning("%s: connection failed: %s", self.name, error)
+        except Exception:  # top of the thread: a bug must not take the other guests along
+            logger.exception("%s: internal error; closing its connection", self.name)
+        else:
+            logger.info("%s left", self.name)
+        finally:
+            self._close()
+
+    def stop(self) -> None:
+        """Make ``run`` return soon; callable from any thread."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _close(self) -> None:
+        self._rings = []
+        self._kicks = {}
+        self._backend.close()
+        self._session.close()
+        self._sock.close()
+
+    # --- the loop --------------------------------------------------------------------------------
+
+    def _converse(self) -> None:
+        """Serve rings and messages until the front-end leaves."""
+        while True:
+            busy = self._serve_rings() or self._ask_for_kicks()
+            ready = self._poll.poll(0 if busy else self._patience())
+            for _, ring in self._rings:
+                ring.disable_kicks()
+            for fd, _ in ready:
+                if fd == self._sock.fileno():
+                    if not self._obey_message():
+                        return
+                    self._watch()
+                    break  # other descriptors are watched now
+                self._kicks[fd].drain_kick()
+                self._window.waited(time.monotonic_ns() - self._idle_since)
+
+    def _watch(self) -> None:
+        """Serve the rings that run now, and watch their kicks and the socket."""
+        running = self._backend.running
+        self._rings = [(queue, queue.ring) for queue in running if queue.ring is not None]
+        self._kicks = {queue.kick: queue for queue in running if queue.kick >= 0}
+        self._poll = select.poll()
+        for fd in (self._sock.fileno(), *self._kicks):
+            self._poll.register(fd, select.POLLIN)
+
+    def _patience(self) -> int | None:
+        """How long to sleep at most, in ms."""
+        if any(queue.kickless for queue, _ in self._rings):
+            return _KICKLESS_MS
+        return RECHECK_MS
+
+    # --- rings -----------------------------------------------------------------------------------
+
+    def _serve_rings(self) -> bool:
+        """Serve until the rings stay empty for a while; True when there was no end to it."""
+        left = _BURST
+        while left > 0:
+            served = sum(self._drain(queue, ring) for queue, ring in self._rings)
+            left -= served
+            if not served and not self._linger():
+                return False
+        return True
+
+    def _drain(self, queue: Queue, ring: DeviceRing) -> int:
+        """Serve what one ring holds, up to a batch; returns how many requests that were."""
+        served = 0
+        try:
+            while served < _BATCH and (chain := ring.pop()) is not None:
+                head, readable, writable = chain
+                ring.push(head, self._fuse.serve(readable, writable))
+                served += 1
+        except RingFault:
+            queue.fail()
+            raise
+        if served and ring.must_call():
+            queue.call()
+        return served
+
+    def _linger(self) -> bool:
+        """Look at the rings for the length of the window; True when one has something."""
+        now = self._idle_since = time.monotonic_ns()
+        end = now + self._window.length
+        while now < end:
+            os.sched_yield()
+            for _, ring in self._rings:
+                if ring.pending():
+                    return True
+            now = time.monotonic_ns()
+        return False
+
+    def _ask_for_kicks(self) -> bool:
+        """Ask every ring for a kick; True when one has something already."""
+        return any([ring.enable_kicks() for _, ring in self._rings])  # noqa: C419  # all of them
+
+    # --- messages --------------------------------------------------------------------------------
+
+    def _obey_message(self) -> bool:
+        """Receive and obey one message; False when the front-end has left."""
+        message = receive(self._sock)
+        if message is None:
+            return False
+        try:
+            self._obey(message)
+        finally:
+            close_all(message.fds)
+        return True
+
+    def _obey(self, message: Message) -> None:
+        """Decode, hand to the state machine, and answer.
+
+        Raises:
+            WireError: The message does not decode.
+            GuestFault: It may not come, or was refused with no way to say so.
+        """
+        header = message.header
+        kind = kind_of(FRONTEND_MESSAGES, header.request)
+        request = FrontendRequest(header.request)
+        record = decode_payload(request, message.payload)
+        check_fds(request, record, len(message.fds))
+        try:
+            reply = self._backend.handle(kind, record, message.fds)
+        except Refused as refusal:
+            if kind.reply is not None or not self._wants_ack(header):
+                raise GuestFault(f"{request.name}: {refusal}") from None
+            logger.warning("%s: refused %s: %s", self.name, request.name, refusal)
+            send_reply(self._sock, header.request, encode_ack(_FAILURE))
+            return
+        logger.debug("%s: %s %s", self.name, request.name, record)
+        if kind.reply is not None:
+            send_reply(self._sock, header.request, encode_reply(request, reply))
+        elif self._wants_ack(header):
+            send_reply(self._sock, header.request, encode_ack())
+
+    def _wants_ack(self, header: Header) -> bool:
+        return header.needs_reply and self._backend.acknowledges

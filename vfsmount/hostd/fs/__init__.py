@@ -1,0 +1,1 @@
+"""The FUSE server: a directory of the host, served by descriptors and never by paths."""

@@ -1,0 +1,87 @@
+"""Open files and directories of one guest: fh → descriptor.
+
+Handles are numbered upwards and never used again, so that a stale one is EBADF and never somebody
+else's file. Files and directories have tables of their own: a handle of one is EBADF to the other.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Generic, Protocol, TypeVar
+
+__all__ = ["FileHandle", "HandleTable"]
+
+
+class _Handle(Protocol):
+    @property
+    def fd(self) -> int: ...
+
+
+H = TypeVar("H", bound=_Handle)
+
+
+class FileHandle:
+    """An open regular file.
+
+    Attributes:
+        fd: Its descriptor.
+        writable: Whether it may be written and truncated.
+    """
+
+    __slots__ = ("fd", "writable")
+
+    def __init__(self, fd: int, flags: int) -> None:
+        self.fd = fd
+        self.writable = flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
+
+
+class HandleTable(Generic[H]):
+    """Handles by number. It owns their descriptors."""
+
+    __slots__ = ("_handles", "_next")
+
+    def __init__(self) -> None:
+        self._handles: dict[int, H] = {}
+        self._next = 1
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def __contains__(self, fh: int) -> bool:
+        return fh in self._handles
+
+    def add(self, handle: H) -> int:
+        """Take a handle in; returns its fh."""
+        fh = self._next
+        self._next += 1
+        self._handles[fh] = handle
+        return fh
+
+    def get(self, fh: int) -> H:
+        """Return an open handle.
+
+        Raises:
+            OSError: EBADF: never given out, or released.
+        """
+        handle = self._handles.get(fh)
+        if handle is None:
+            raise OSError(errno.EBADF, "no such file handle")
+        return handle
+
+    def release(self, fh: int) -> None:
+        """Close a handle.
+
+        Raises:
+            OSError: EBADF: never given out, or released already.
+        """
+        handle = self._handles.pop(fh, None)
+        if handle is None:
+            raise OSError(errno.EBADF, "no such file handle")
+        os.close(handle.fd)
+
+    def clear(self) -> None:
+        """Close all."""
+        handles, self._handles = self._handles, {}
+        for handle in handles.values():
+            os.close(handle.fd)

@@ -1,0 +1,218 @@
+"""What one guest holds between INIT and its end: nodes, handles, and what was negotiated.
+
+A session belongs to one connection and is used by its thread alone, so nothing here is locked.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import stat
+from typing import TYPE_CHECKING, Final
+
+from vfsmount.hostd.credentials import Credentials
+from vfsmount.hostd.fs import attributes
+from vfsmount.hostd.fs.handles import FileHandle, HandleTable
+from vfsmount.hostd.fs.inodes import InodeTable
+from vfsmount.wire.fuse import (
+    KERNEL_MINOR_VERSION,
+    KERNEL_VERSION,
+    InitFlag,
+    InitIn,
+    InitOut,
+    flag_names,
+    join_flags,
+    split_flags,
+)
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from vfsmount.hostd.fs.inodes import Inode
+    from vfsmount.hostd.fs.listing import DirHandle
+    from vfsmount.hostd.fs.share import Share
+    from vfsmount.wire.fuse import Request
+
+__all__ = ["MAX_PAGES", "MAX_WRITE", "Session"]
+
+logger = logging.getLogger(__name__)
+
+#: Oldest minor version that is served: 7.27, which virtiofsd takes too. Every struct since then has
+#: the size that ``wire`` knows, save those that an INIT flag switches.
+MIN_MINOR: Final = 27
+
+_PAGE: Final = 4096
+#: Largest READ and WRITE in pages and bytes.
+MAX_PAGES: Final = 256
+MAX_WRITE: Final = MAX_PAGES * _PAGE
+#: Without MAX_PAGES the protocol's own limit holds.
+_MAX_WRITE_DEFAULT: Final = 32 * _PAGE
+_MAX_BACKGROUND: Final = 0xFFFF
+
+#: Offered to every guest that asks. Locks, ioctls and ACLs are not served yet, so their flags are
+#: absent, and the guest's kernel deals with them itself.
+_ALWAYS: Final = (
+    InitFlag.ASYNC_READ
+    | InitFlag.ATOMIC_O_TRUNC
+    | InitFlag.BIG_WRITES
+    | InitFlag.AUTO_INVAL_DATA
+    | InitFlag.ASYNC_DIO
+    | InitFlag.PARALLEL_DIROPS
+    | InitFlag.MAX_PAGES
+    | InitFlag.SUBMOUNTS
+    | InitFlag.HANDLE_KILLPRIV_V2
+    | InitFlag.SETXATTR_EXT
+    | InitFlag.INIT_EXT
+    | InitFlag.CREATE_SUPP_GROUP
+)
+_READDIRPLUS: Final = InitFlag.DO_READDIRPLUS | InitFlag.READDIRPLUS_AUTO
+
+#: One getdents64 takes this much of a directory: some 800 names, 30 us of kernel time.
+_DIRENT_BUFFER: Final = 32768
+
+
+class Session:
+    """One guest's view of a share.
+
+    Attributes:
+        share: What it sees.
+        policy: What it may cache.
+        inodes: Nodes that it knows.
+        files: Regular files that it has open.
+        dirs: Directories that it has open.
+        credentials: How to act as its users.
+        flags: INIT flags in force; None before INIT and after DESTROY.
+        dirent_buffer: Where getdents64 writes; its contents are copied out at once.
+    """
+
+    __slots__ = (
+        "credentials",
+        "dirent_buffer",
+        "dirs",
+        "files",
+        "flags",
+        "inodes",
+        "policy",
+        "share",
+    )
+
+    def __init__(self, share: Share) -> None:
+        self.share = share
+        self.policy = share.policy
+        self.inodes = InodeTable(share.root_fd)
+        self.files: HandleTable[FileHandle] = HandleTable()
+        self.dirs: HandleTable[DirHandle] = HandleTable()
+        self.credentials = Credentials()
+        self.flags: InitFlag | None = None
+        self.dirent_buffer = ctypes.create_string_buffer(_DIRENT_BUFFER)
+
+    # --- beginning and end -----------------------------------------------------------------------
+
+    def supported(self) -> InitFlag:
+        """INIT flags that this share serves."""
+        options = self.share.options
+        flags = _ALWAYS
+        if self.policy.readdirplus:
+            flags |= _READDIRPLUS
+        if not self.policy.valid:
+            flags |= InitFlag.DIRECT_IO_ALLOW_MMAP
+        if options.writeback and not options.readonly:
+            flags |= InitFlag.WRITEBACK_CACHE
+        return flags
+
+    def start(self, offer: InitIn) -> InitOut:
+        """Begin (INIT). A second INIT starts over: everything held is let go.
+
+        Raises:
+            OSError: EPROTO: the guest speaks an older protocol than we do.
+        """
+        self.reset()
+        if offer.major < KERNEL_VERSION or (
+            offer.major == KERNEL_VERSION and offer.minor < MIN_MINOR
+        ):
+            raise OSError(errno.EPROTO, f"FUSE {offer.major}.{offer.minor} is too old")
+        if offer.major > KERNEL_VERSION:
+            # The guest reads the version, and sends INIT again with it.
+            return InitOut(KERNEL_VERSION, KERNEL_MINOR_VERSION, *[0] * 11)
+        offered = join_flags(offer.flags, offer.flags2)
+        self.flags = offered & self.supported()
+        logger.debug("INIT %d.%d: %s", *offer[:2], " ".join(flag_names(self.flags)))
+        return self._init_out(offer, self.flags)
+
+    def _init_out(self, offer: InitIn, flags: InitFlag) -> InitOut:
+        first, second = split_flags(flags)
+        big = bool(flags & InitFlag.MAX_PAGES)
+        return InitOut(
+            major=KERNEL_VERSION,
+            minor=KERNEL_MINOR_VERSION,
+            max_readahead=offer.max_readahead,
+            flags=first,
+            max_background=_MAX_BACKGROUND,
+            congestion_threshold=_MAX_BACKGROUND * 3 // 4,
+            max_write=MAX_WRITE if big else _MAX_WRITE_DEFAULT,
+            time_gran=1,
+            max_pages=MAX_PAGES if big else 0,
+            map_alignment=0,
+            flags2=second,
+            max_stack_depth=0,
+            request_timeout=0,
+        )
+
+    def reset(self) -> None:
+        """Let go of everything (DESTROY, device reset); only INIT is served until the next one."""
+        self.flags = None
+        self.files.clear()
+        self.dirs.clear()
+        self.inodes.clear()
+
+    def close(self) -> None:
+        """The guest has gone: close every descriptor."""
+        self.files.clear()
+        self.dirs.clear()
+        self.inodes.close()
+
+    # --- what operations share -------------------------------------------------------------------
+
+    def look_up(self, parent: Inode, name: bytes) -> bytes:
+        """Return the ``fuse_entry_out`` of a checked name; counts one lookup.
+
+        Raises:
+            OSError: From the host: ENOENT, ENOTDIR, EACCES, EMFILE, ...
+        """
+        inode, found = self.inodes.look_up(parent.fd, name)
+        return self.entry(parent, inode, found)
+
+    def entry(self, parent: Inode, inode: Inode, found: os.stat_result) -> bytes:
+        """Return the ``fuse_entry_out`` of a node whose lookup has been counted."""
+        flags = self.submount_flag(parent, inode)
+        return attributes.entry_out(inode.nodeid, found, self.policy.valid, flags)
+
+    def submount_flag(self, parent: Inode, inode: Inode) -> int:
+        """FUSE_ATTR_SUBMOUNT for the root of another filesystem, if the guest knows the flag."""
+        if inode.device == parent.device or inode.kind != stat.S_IFDIR:
+            return 0
+        known = self.flags is not None and self.flags & InitFlag.SUBMOUNTS
+        return attributes.ATTR_SUBMOUNT if known else 0
+
+    def reopen(self, inode: Inode, flags: int) -> int:
+        """Open the node that an O_PATH descriptor names; the caller owns the new descriptor.
+
+        The name in /proc/self/fd leads to the node itself, wherever it was moved meanwhile. Only
+        regular files and directories: a device must not be touched, a FIFO would block.
+
+        Raises:
+            OSError: EBADF for other kinds; the host's errors.
+        """
+        if inode.kind not in (stat.S_IFREG, stat.S_IFDIR):
+            raise OSError(errno.EBADF, "only files and directories are opened")
+        return os.open(inode.proc_name, flags | os.O_CLOEXEC, dir_fd=self.share.proc_fd)
+
+    def acting_as_caller(self, request: Request) -> AbstractContextManager[None]:
+        """Be the caller of a creating request for the length of a ``with`` block."""
+        known = self.flags is not None and self.flags & InitFlag.CREATE_SUPP_GROUP
+        groups = request.extensions.groups
+        header = request.header
+        sent = groups or () if known else None
+        return self.credentials.acting_as(header.uid, header.gid, sent)

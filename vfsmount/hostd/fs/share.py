@@ -1,0 +1,133 @@
+"""What is shared and how: the directory, its options, and what a guest may cache.
+
+One share serves many guests. It owns two descriptors: the directory itself, and ``/proc/self/fd``,
+through which a node held by an O_PATH descriptor is opened, linked or changed without any path.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from vfsmount.errors import UsageError
+from vfsmount.wire.fuse_flags import OpenOutFlag
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["POLICIES", "CacheMode", "CachePolicy", "Share", "ShareOptions"]
+
+
+class CacheMode(Enum):
+    """What a guest is told that it may cache; the words are virtiofsd's."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+    METADATA = "metadata"
+
+
+class CachePolicy(NamedTuple):
+    """One row of the cache modes.
+
+    Attributes:
+        valid: Seconds for which names and attributes hold.
+        file_flags: FOPEN bits in the replies to OPEN and CREATE.
+        dir_flags: FOPEN bits in the reply to OPENDIR.
+        readdirplus: Whether attributes come with names in listings: useless if they never hold.
+    """
+
+    valid: int
+    file_flags: int
+    dir_flags: int
+    readdirplus: bool
+
+
+_DIRECT = int(OpenOutFlag.DIRECT_IO)
+_KEEP = int(OpenOutFlag.KEEP_CACHE)
+_KEEP_DIR = int(OpenOutFlag.CACHE_DIR | OpenOutFlag.KEEP_CACHE)
+_DAY: Final = 86400
+
+#: The same replies as virtiofsd's, mode by mode.
+POLICIES: Final = {
+    CacheMode.AUTO: CachePolicy(1, 0, 0, readdirplus=True),
+    CacheMode.ALWAYS: CachePolicy(_DAY, _KEEP, _KEEP_DIR, readdirplus=True),
+    CacheMode.NEVER: CachePolicy(0, _DIRECT, 0, readdirplus=False),
+    CacheMode.METADATA: CachePolicy(_DAY, _DIRECT, _KEEP_DIR, readdirplus=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ShareOptions:
+    """How a directory is shared.
+
+    Attributes:
+        cache: What guests may cache.
+        readonly: Refuse every change with EROFS.
+        writeback: Accept a guest's write-back cache.
+        xattr: Serve extended attributes; else they are ENOSYS.
+        tag: Name of the share in the device's config space, 1 to 36 bytes.
+        request_queues: Request queues of the device, besides the hiprio queue.
+    """
+
+    cache: CacheMode = CacheMode.AUTO
+    readonly: bool = False
+    writeback: bool = False
+    xattr: bool = True
+    tag: bytes = b"vfsmount"
+    request_queues: int = 1
+
+
+class Share:
+    """A directory that is open for guests.
+
+    Attributes:
+        options: How it is shared.
+        root_fd: O_PATH descriptor of the directory.
+        proc_fd: O_PATH descriptor of ``/proc/self/fd``.
+
+    Raises:
+        UsageError: The directory cannot be shared, or there is no /proc.
+    """
+
+    def __init__(self, directory: str | bytes | os.PathLike[str], options: ShareOptions) -> None:
+        self.options = options
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        try:
+            self.root_fd = os.open(directory, flags)
+        except (OSError, ValueError) as error:
+            name = os.fsdecode(directory)
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"cannot share {name}: {reason}") from None
+        try:
+            self.proc_fd = os.open("/proc/self/fd", flags)
+        except OSError as error:
+            os.close(self.root_fd)
+            raise UsageError(
+                f"cannot open /proc/self/fd: {error.strerror}", "mount proc on /proc"
+            ) from None
+
+    @property
+    def policy(self) -> CachePolicy:
+        """What the cache mode means."""
+        return POLICIES[self.options.cache]
+
+    def close(self) -> None:
+        """Close both descriptors; guests that are connected have their own of the root."""
+        for fd in (self.root_fd, self.proc_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.root_fd = self.proc_fd = -1
+
+    def __enter__(self) -> Share:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

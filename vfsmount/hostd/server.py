@@ -1,0 +1,232 @@
+"""The listening socket: one thread per guest, and an orderly end.
+
+``Server`` is the daemon as an object: make one, call ``run`` in some thread, ``stop`` it from any
+other. It owns its socket, and its file where it made one; the share is the caller's.
+
+A stale socket file, left behind by a process that was killed, is replaced. Whether somebody listens
+on it is asked with a socket of another type: the kernel refuses that differently for a live socket
+and a dead one, and the daemon behind a live one, which may serve only one connection in its life,
+never notices.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import socket
+import stat
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from vfsmount.errors import UsageError
+from vfsmount.hostd.connection import Connection
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from vfsmount.hostd.fs.share import Share
+
+__all__ = ["DEFAULT_POLL_US", "Server", "listen", "listen_on_fd"]
+
+logger = logging.getLogger(__name__)
+
+#: Guests at once; each takes a thread.
+_MAX_GUESTS: Final = 64
+_BACKLOG: Final = 16
+#: Seconds that guests get to finish the request they are in when the daemon stops.
+_FAREWELL: Final = 5.0
+#: Milliseconds to wait when there is no descriptor left for another guest.
+_STARVED_MS: Final = 100
+#: Longest time in microseconds to look at rings before sleeping: about what a wake-up costs.
+DEFAULT_POLL_US: Final = 50
+
+
+def listen(path: str) -> socket.socket:
+    """Return a socket that listens at ``path``, for its owner alone.
+
+    Raises:
+        UsageError: Somebody listens there, it is no socket, or the host refuses.
+    """
+    _remove_stale(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # Whoever can connect acts as root here, so nobody else may from the first moment on.
+    umask = os.umask(0o077)
+    try:
+        sock.bind(path)
+        sock.listen(_BACKLOG)
+    except (OSError, ValueError) as error:
+        sock.close()
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot listen on {path}: {reason}") from None
+    finally:
+        os.umask(umask)
+    return sock
+
+
+def _remove_stale(path: str) -> None:
+    try:
+        mode = os.lstat(path).st_mode
+    except (OSError, ValueError):
+        return  # nothing there, or something that bind will complain about
+    if not stat.S_ISSOCK(mode):
+        raise UsageError(f"cannot listen on {path}: it exists and is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        if probe.connect_ex(path) != errno.ECONNREFUSED:
+            raise UsageError(
+                f"cannot listen on {path}: another process does", "stop it, or choose another path"
+            )
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def listen_on_fd(fd: int) -> socket.socket:
+    """Return the listening socket that was inherited as ``fd``; takes the descriptor.
+
+    Raises:
+        UsageError: There is no such descriptor, or it is not a listening AF_UNIX stream socket.
+    """
+    try:
+        sock = socket.socket(fileno=fd)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"descriptor {fd} is no socket: {reason}") from None
+    kind = (sock.family, sock.type)
+    if kind != (socket.AF_UNIX, socket.SOCK_STREAM) or not sock.getsockopt(
+        socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+    ):
+        sock.detach()
+        raise UsageError(f"descriptor {fd} is no listening UNIX stream socket")
+    sock.set_inheritable(False)
+    return sock
+
+
+class Server:
+    """Accepts guests until it is stopped.
+
+    Args:
+        share: What they see.
+        sock: A listening socket; owned from here on.
+        path: Its file, if it is ours to remove at the end.
+        poll_us: Longest time in microseconds to look at a guest's rings before sleeping.
+        once: End when the first guest has left.
+    """
+
+    def __init__(
+        self,
+        share: Share,
+        sock: socket.socket,
+        *,
+        path: str | None = None,
+        poll_us: int = DEFAULT_POLL_US,
+        once: bool = False,
+    ) -> None:
+        self._share = share
+        self._sock = sock
+        self._path = path
+        self._identity = _identity(path)
+        self._poll_us = poll_us
+        self._once = once
+        self._guests: dict[Connection, threading.Thread] = {}
+        self._lock = threading.Lock()  # guards _guests: threads remove themselves
+        self._count = 0
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        sock.setblocking(False)
+
+    def run(self) -> None:
+        """Accept guests until ``stop``, then see them off and clean up."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        try:
+            while self._wake not in [fd for fd, _ in poll.poll()]:
+                self._accept()
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """Make ``run`` return soon; callable from any thread and from a signal handler."""
+        with suppress(OSError):  # closed already
+            os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """Send all guests away and give the socket back."""
+        self._sock.close()
+        self._remove_file()
+        with self._lock:
+            guests = dict(self._guests)
+        for guest in guests:
+            guest.stop()
+        deadline = time.monotonic() + _FAREWELL
+        for thread in guests.values():
+            thread.join(max(deadline - time.monotonic(), 0))
+        wake, self._wake = self._wake, -1
+        if wake >= 0:
+            os.close(wake)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._sock.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # it has left again
+        except OSError as error:
+            logger.warning("cannot accept a guest: %s", error)
+            select.poll().poll(_STARVED_MS)
+            return
+        if len(self._guests) >= _MAX_GUESTS:
+            logger.warning("turned a guest away: there are %d", len(self._guests))
+            sock.close()
+            return
+        self._admit(sock)
+
+    def _admit(self, sock: socket.socket) -> None:
+        self._count += 1
+        name = f"guest {self._count}"
+        try:
+            guest = Connection(sock, self._share, name=name, poll_ns=self._poll_us * 1000)
+        except OSError as error:  # no descriptor left for its root
+            logger.warning("cannot serve %s: %s", name, error)
+            sock.close()
+            return
+        thread = threading.Thread(target=self._serve, args=(guest,), name=name, daemon=True)
+        with self._lock:
+            self._guests[guest] = thread
+        thread.start()
+
+    def _serve(self, guest: Connection) -> None:
+        guest.run()
+        with self._lock:
+            del self._guests[guest]
+        if self._once:
+            self.stop()
+
+    def _remove_file(self) -> None:
+        """Remove our socket file, unless another daemon has put its own there."""
+        path, self._path = self._path, None
+        if path is not None and _identity(path) == self._identity:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+def _identity(path: str | None) -> tuple[int, int] | None:
+    if path is None:
+        return None
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino

@@ -1,0 +1,174 @@
+"""System calls that the standard library does not offer, through ctypes.
+
+Names are bytes, descriptors ints, and failure is an ``OSError`` as from ``os``. Calls named
+``thread_*`` change the calling thread alone: they avoid glibc's wrappers, which change all threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from typing import Any, Final
+
+__all__ = [
+    "AT_EMPTY_PATH",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FSETID",
+    "STATX_SIZE",
+    "UTIME_NOW",
+    "UTIME_OMIT",
+    "fallocate",
+    "getdents64",
+    "renameat2",
+    "statx",
+    "syncfs",
+    "thread_capabilities",
+    "thread_set_capabilities",
+    "thread_set_groups",
+    "thread_setegid",
+    "thread_seteuid",
+    "thread_unshare_fs",
+    "utimensat",
+]
+
+AT_EMPTY_PATH: Final = 0x1000
+#: utimensat(2): the current time, and leave it alone.
+UTIME_NOW: Final = (1 << 30) - 1
+UTIME_OMIT: Final = (1 << 30) - 2
+#: Bytes of ``struct statx``.
+STATX_SIZE: Final = 256
+
+CAP_DAC_OVERRIDE: Final = 1
+CAP_FSETID: Final = 4
+
+_CLONE_FS = 0x200
+_UNCHANGED = -1
+_CAPABILITY_VERSION_3 = 0x20080522
+
+#: Numbers that differ between machines; the second column is the generic table (arm64, riscv64).
+_X86 = platform.machine() in {"x86_64", "AMD64"}
+_SYS_SETRESUID, _SYS_SETRESGID, _SYS_SETGROUPS = (117, 119, 116) if _X86 else (147, 149, 159)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_int, _uint, _long, _ulong = ctypes.c_int, ctypes.c_uint, ctypes.c_long, ctypes.c_ulong
+_path, _pointer, _int64 = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64
+
+
+def _function(name: str, *arguments: Any, result: Any = _int) -> Any:
+    function = _libc[name]
+    function.argtypes = arguments
+    function.restype = result
+    return function
+
+
+def _check(result: int) -> int:
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+_renameat2 = _function("renameat2", _int, _path, _int, _path, _uint)
+_utimensat = _function("utimensat", _int, _path, _pointer, _int)
+_fallocate = _function("fallocate", _int, _int, _int64, _int64)
+_getdents64 = _function("getdents64", _int, _pointer, _ulong, result=_long)
+_syncfs = _function("syncfs", _int)
+_statx = _function("statx", _int, _path, _int, _uint, _pointer)
+_unshare = _function("unshare", _int)
+_capget = _function("capget", _pointer, _pointer)
+_capset = _function("capset", _pointer, _pointer)
+_syscall3 = _function("syscall", _long, _long, _long, _long, result=_long)
+
+_Timespecs = _int64 * 4
+
+
+#: Version and pid; 0 is the calling thread.
+_CapHeader = ctypes.c_uint32 * 2
+#: Effective, permitted, inheritable of capabilities 0 to 31, then of 32 to 63.
+_CapData = ctypes.c_uint32 * 6
+
+
+def renameat2(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int) -> None:
+    """renameat2(2): rename with RENAME_* flags."""
+    _check(_renameat2(old_dir, old_name, new_dir, new_name, flags))
+
+
+def utimensat(dir_fd: int, name: bytes, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
+    """utimensat(2): set both times, each (seconds, nanoseconds, or UTIME_NOW or UTIME_OMIT).
+
+    The last component of ``name`` is followed when it is a link.
+    """
+    _check(_utimensat(dir_fd, name, _Timespecs(*atime, *mtime), 0))
+
+
+def futimens(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
+    """futimens(3): the same on an open file."""
+    _check(_utimensat(fd, None, _Timespecs(*atime, *mtime), 0))
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) with any mode."""
+    _check(_fallocate(fd, mode, offset, length))
+
+
+def getdents64(fd: int, buffer: ctypes.Array[ctypes.c_char]) -> bytes:
+    """getdents64(2): the next ``struct linux_dirent64`` records, as many as fit; empty at the end.
+
+    The read position is the descriptor's own.
+    """
+    count = _check(_getdents64(fd, ctypes.addressof(buffer), len(buffer)))
+    return ctypes.string_at(buffer, count)
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2): write back the filesystem that an open file lies on."""
+    _check(_syncfs(fd))
+
+
+def statx(fd: int, flags: int, mask: int) -> bytes:
+    """statx(2) of a descriptor, which may be an O_PATH one; returns ``struct statx``, 256 bytes."""
+    buffer = ctypes.create_string_buffer(STATX_SIZE)
+    _check(_statx(fd, b"", flags | AT_EMPTY_PATH, mask, ctypes.addressof(buffer)))
+    return buffer.raw
+
+
+def thread_unshare_fs() -> None:
+    """unshare(CLONE_FS): give this thread a umask and working directory of its own."""
+    _check(_unshare(_CLONE_FS))
+
+
+def thread_seteuid(uid: int) -> None:
+    """Change this thread's effective user; 0xffffffff would mean "leave it", so is refused."""
+    _check(_syscall3(_SYS_SETRESUID, _UNCHANGED, _real_id(uid), _UNCHANGED))
+
+
+def thread_setegid(gid: int) -> None:
+    """Change this thread's effective group; as ``thread_seteuid``."""
+    _check(_syscall3(_SYS_SETRESGID, _UNCHANGED, _real_id(gid), _UNCHANGED))
+
+
+def _real_id(number: int) -> int:
+    if not 0 <= number < 0xFFFFFFFF:
+        raise ValueError(f"{number} is no user or group")
+    return number
+
+
+def thread_set_groups(groups: tuple[int, ...]) -> None:
+    """Replace this thread's supplementary groups."""
+    array = (ctypes.c_uint32 * len(groups))(*groups)
+    _check(_syscall3(_SYS_SETGROUPS, len(groups), ctypes.addressof(array), 0))
+
+
+def thread_capabilities() -> list[int]:
+    """Return this thread's capability words: effective, permitted, inheritable, low then high."""
+    header, data = _CapHeader(_CAPABILITY_VERSION_3, 0), _CapData()
+    _check(_capget(ctypes.addressof(header), ctypes.addressof(data)))
+    return list(data)
+
+
+def thread_set_capabilities(words: list[int]) -> None:
+    """Set this thread's capability words."""
+    header, data = _CapHeader(_CAPABILITY_VERSION_3, 0), _CapData(*words)
+    _check(_capset(ctypes.addressof(header), ctypes.addressof(data)))
