@@ -76,7 +76,7 @@ class Arena:
         self.used_bytes -= 1 << order
 
     def free_extents(self, minimum: int) -> list[tuple[int, int]]:
-        """Join what can be joined and return the (offset, size) of free blocks of ``minimum`` bytes.
+        """Join what can be joined; return (offset, size) of the free blocks of ``minimum`` bytes.
 
         The caller may take the memory behind them away.
         """

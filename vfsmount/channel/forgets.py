@@ -1,4 +1,4 @@
-"""FORGETs, gathered: references to nodes that go back to the device in batches, on the hiprio queue.
+"""FORGETs, gathered: references to nodes go back in batches, on the hiprio queue.
 
 Uncached, every lookup causes one, and each would cost a kick. So counts are summed per node and
 sent as BATCH_FORGET, or as FORGET when there is a single one. They have no reply; the device

@@ -11,7 +11,6 @@ whenever REPLY_ACK has been negotiated, so that trouble shows at the message tha
 
 from __future__ import annotations
 
-import socket as stdlib_socket
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import trio
@@ -46,6 +45,7 @@ from vfsmount.wire.vhost_user import (
 )
 
 if TYPE_CHECKING:
+    import socket as stdlib_socket
     from collections.abc import Callable, Sequence
 
     from vfsmount.channel.memory import SharedMemory
@@ -210,7 +210,7 @@ class Frontend:
         if FRONTEND_MESSAGES[request].reply is not None:
             return record
         if record != ACK_OK:
-            raise HandshakeError(f"the daemon refused {request.name} (error {record})", _SEE_LOG)
+            raise HandshakeError(f"the daemon refused {request.name} (error {record!r})", _SEE_LOG)
         return None
 
     async def ask(self, request: FrontendRequest, answer: type[T], record: Payload = None) -> T:
@@ -298,9 +298,9 @@ class Frontend:
         await self.call(_REQ.SET_FEATURES, acked)
         self.features = acked
         await self._set_status(status | VirtioStatus.FEATURES_OK)
-        if self.protocol_features & _PF.STATUS:
-            if not await self.ask(_REQ.GET_STATUS, int) & VirtioStatus.FEATURES_OK:
-                raise HandshakeError(f"the device does not accept the features {acked:#x}")
+        accepted = await self._ask_if(_PF.STATUS, _REQ.GET_STATUS)
+        if accepted is not None and not accepted & VirtioStatus.FEATURES_OK:
+            raise HandshakeError(f"the device does not accept the features {acked:#x}")
 
     async def _set_status(self, status: VirtioStatus) -> None:
         if self.protocol_features & _PF.STATUS:

@@ -1,4 +1,4 @@
-"""Requests on their way: what is remembered of each, where it lies in its block, what its reply may be.
+"""Requests on their way: what is remembered of each, where it lies, what its reply may be.
 
 One request is one block of the arena:
 

@@ -8,6 +8,7 @@ sealed; whoever may write to it is trusted not to shorten it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -102,10 +103,8 @@ class SharedMemory:
         os.close(fd)
         self._unlink()
         self.view.release()
-        try:
+        with contextlib.suppress(BufferError):  # then it is unmapped when the last view goes
             self.map.close()
-        except BufferError:
-            pass  # unmapped when the last view is collected
 
     @property
     def closed(self) -> bool:
@@ -114,7 +113,5 @@ class SharedMemory:
 
     def _unlink(self) -> None:
         if self._path is not None:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)
-            except FileNotFoundError:
-                pass

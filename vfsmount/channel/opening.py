@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket as stdlib_socket
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
@@ -21,31 +22,61 @@ from vfsmount.channel.options import ChannelOptions
 from vfsmount.channel.rings import DriverQueue
 from vfsmount.channel.socket import MessageSocket, connect
 from vfsmount.errors import HandshakeError, ProtocolViolation
+from vfsmount.wire import virtio_fs
 from vfsmount.wire.vhost_user import BackendRequest, Payload, ProtocolFeature, VirtioFeature
-from vfsmount.wire.vring import VringLayout, vring_layout
+from vfsmount.wire.vring import vring_layout
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from vfsmount.channel.backend_requests import BackendHandler
+    from vfsmount.wire.vring import VringLayout
 
 __all__ = ["open_channel", "probe"]
 
-#: Bytes of addresses for requests and replies. They cost nothing until used; this is room for 500
-#: requests of 1 MiB at once, or for a full queue of 512 KiB ones.
-ARENA_SIZE = 64 * MAX_BLOCK
+#: Bytes of addresses for requests and replies. They cost nothing until used; this is room for 600
+#: requests of 1 MiB at once, or for a full queue of the relay's, which come 15 to a block.
+ARENA_SIZE = 80 * MAX_BLOCK
 #: FORGETs come in batches; a queue of this size holds 4000.
 _HIPRIO_SIZE = 128
 _PAGE = 4096
 _DEFAULT_OPTIONS = ChannelOptions()
 
 
+class _Background:
+    """Tasks that outlive a cancellation of the caller, until ``stop``.
+
+    The orderly end needs them: somebody has to read the daemon's answers and reap the rings while
+    a cancelled caller sends its last requests.
+    """
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._scopes: list[trio.CancelScope] = []
+
+    def start(self, task: Callable[[], Awaitable[object]]) -> None:
+        """Start one; it must not raise."""
+        scope = trio.CancelScope(shield=True)
+        self._scopes.append(scope)
+        self._nursery.start_soon(self._run, scope, task)
+
+    @staticmethod
+    async def _run(scope: trio.CancelScope, task: Callable[[], Awaitable[object]]) -> None:
+        with scope:
+            await task()
+
+    def stop(self) -> None:
+        """Cancel them all."""
+        for scope in self._scopes:
+            scope.cancel()
+
+
 class _Connection(NamedTuple):
-    """A front-end whose reader runs, a nursery for more tasks, and what to close after them."""
+    """A front-end whose reader runs, more tasks, and what to close after them."""
 
     frontend: Frontend
-    nursery: trio.Nursery
+    background: _Background
     closing: ExitStack
 
 
@@ -66,15 +97,20 @@ async def _connection(
     caught: BaseException | None = None
     with ExitStack() as closing:
         closing.callback(frontend.close)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(frontend.read_replies)
-            try:
-                yield _Connection(frontend, nursery, closing)
-            except BaseException as error:
-                # Raised again below, outside the nursery, which would wrap it in a group: our
-                # tasks raise nothing, so the caller's own exception is all there is.
-                caught = error
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                background = _Background(nursery)
+                background.start(frontend.read_replies)
+                try:
+                    yield _Connection(frontend, background, closing)
+                except BaseException as error:
+                    # Raised again below, outside the nursery, which would wrap it in a group.
+                    caught = error
+                background.stop()
+        except BaseExceptionGroup as group:
+            # Our tasks raise nothing; what came late is a cancellation of the caller.
+            if caught is None or group.split(trio.Cancelled)[1] is not None:
+                raise
     if caught is not None:
         raise caught
 
@@ -100,39 +136,23 @@ async def open_channel(
         HandshakeError: Somebody is there, but it does not work out.
         UsageError: The shared memory file is there already.
     """
-    async with _connection(path, sock, options) as (frontend, nursery, closing):
+    async with _connection(path, sock, options) as (frontend, background, closing):
         offer = await frontend.introduce()
-        _check_queues(offer)
+        _check_offer(offer)
         server = await _open_backend_channel(frontend, closing, handlers or {})
         await frontend.accept_features(offer, options)
-        layouts, arena_base = _plan(min(options.queue_size, _HIPRIO_SIZE), options.queue_size)
-        memory = SharedMemory(arena_base + ARENA_SIZE, options.shm_file)
-        closing.callback(memory.close)
-        arena = Arena(ARENA_SIZE, arena_base)
-        hiprio, requests = (
-            DriverQueue(
-                index,
-                memory,
-                arena,
-                layout,
-                event_idx=bool(frontend.features & VirtioFeature.RING_EVENT_IDX),
-                indirect=bool(frontend.features & VirtioFeature.RING_INDIRECT_DESC),
-            )
-            for index, layout in enumerate(layouts)
-        )
-        for queue in (hiprio, requests):
-            closing.callback(queue.close)
-        await frontend.share_inflight(len(layouts), options.queue_size)
+        memory, arena, queues = _allocate(frontend.features, options, closing)
+        await frontend.share_inflight(len(queues), options.queue_size)
         await frontend.share(memory)
-        for queue in (hiprio, requests):
+        for queue in queues:
             await frontend.start_queue(queue, GUEST_BASE)
         await frontend.finish()
-        channel = Channel(frontend, offer, options, memory, arena, hiprio, requests)
+        channel = Channel(frontend, offer, options, memory, arena, *queues)
         closing.callback(channel.release)
         for task in (channel.reap_on_calls, channel.flush_forgets_in_time, channel.look_after):
-            nursery.start_soon(task)
+            background.start(task)
         if server is not None:
-            nursery.start_soon(_serve, server, channel)
+            background.start(partial(_serve, server, channel))
         try:
             yield channel
         finally:
@@ -155,7 +175,7 @@ async def probe(
         return await connection.frontend.introduce()
 
 
-def _check_queues(offer: DeviceOffer) -> None:
+def _check_offer(offer: DeviceOffer) -> None:
     if offer.num_queues is not None and offer.num_queues < 2:
         raise HandshakeError(
             f"the device has {offer.num_queues} queues; a virtio-fs device has two at least",
@@ -165,15 +185,35 @@ def _check_queues(offer: DeviceOffer) -> None:
         raise HandshakeError("the device takes no memory at all (0 memory slots)")
 
 
-def _plan(*queue_sizes: int) -> tuple[list[VringLayout], int]:
-    """Lay the rings out, each on pages of its own; return also where the arena starts."""
-    layouts: list[VringLayout] = []
-    base = 0
-    for size in queue_sizes:
-        layout = vring_layout(size, base)
-        layouts.append(layout)
-        base = -(-layout.end // _PAGE) * _PAGE
-    return layouts, base
+def _allocate(
+    features: int, options: ChannelOptions, closing: ExitStack
+) -> tuple[SharedMemory, Arena, tuple[DriverQueue, DriverQueue]]:
+    """Make the shared memory, with the rings on pages of their own and the arena behind them."""
+    hiprio_layout = vring_layout(min(options.queue_size, _HIPRIO_SIZE))
+    request_layout = vring_layout(options.queue_size, _page_up(hiprio_layout.end))
+    arena_base = _page_up(request_layout.end)
+    memory = SharedMemory(arena_base + ARENA_SIZE, options.shm_file)
+    closing.callback(memory.close)
+    arena = Arena(ARENA_SIZE, arena_base)
+
+    def queue(index: int, layout: VringLayout) -> DriverQueue:
+        made = DriverQueue(
+            index,
+            memory,
+            arena,
+            layout,
+            event_idx=bool(features & VirtioFeature.RING_EVENT_IDX),
+            indirect=bool(features & VirtioFeature.RING_INDIRECT_DESC),
+        )
+        closing.callback(made.close)
+        return made
+
+    hiprio = queue(virtio_fs.HIPRIO_QUEUE, hiprio_layout)
+    return memory, arena, (hiprio, queue(virtio_fs.first_request_queue(False), request_layout))
+
+
+def _page_up(offset: int) -> int:
+    return -(-offset // _PAGE) * _PAGE
 
 
 async def _open_backend_channel(

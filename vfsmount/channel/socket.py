@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
-from vfsmount.errors import ConnectError, WireError
+from vfsmount.errors import ConnectError
 from vfsmount.wire.vhost_user import HEADER, MAX_FDS, Header, decode_header
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class MessageSocket:
         Cancelled in the middle, the connection is of no more use.
 
         Raises:
-            WireError: What came is no message, or it was cut short.
-            OSError: The connection broke.
+            WireError: What came is no message.
+            OSError: The connection broke, perhaps in the middle of a message.
         """
         data, ancillary, _, _ = await self._sock.recvmsg(
             HEADER.size, _ANCILLARY, stdlib_socket.MSG_CMSG_CLOEXEC
@@ -101,7 +101,7 @@ class MessageSocket:
         while len(data) < size:
             more = await self._sock.recv(size - len(data))
             if not more:
-                raise WireError(f"the connection ended {size - len(data)} bytes before the message")
+                raise ConnectionResetError("the connection ended in the middle of a message")
             data += more
         return data
 
@@ -120,7 +120,8 @@ async def connect(path: str | os.PathLike[str], timeout: float) -> MessageSocket
     Raises:
         ConnectError: There is nobody to talk to; the text tells why.
     """
-    sock = trio.socket.socket(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_STREAM)
+    sock = stdlib_socket.socket(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_STREAM)
+    sock.setblocking(False)
     try:
         with trio.fail_after(timeout):
             await _connect_when_accepted(sock, os.fspath(path))
@@ -134,14 +135,19 @@ async def connect(path: str | os.PathLike[str], timeout: float) -> MessageSocket
     except BaseException:
         sock.close()
         raise
-    return MessageSocket(sock)
+    return MessageSocket(trio.socket.from_stdlib_socket(sock))
 
 
-async def _connect_when_accepted(sock: SocketType, path: str) -> None:
+async def _connect_when_accepted(sock: stdlib_socket.socket, path: str) -> None:
+    """Connect, or try again while the listener's queue is full.
+
+    A local connection is made at once or not at all. EAGAIN means that the queue is full and not,
+    as trio's own ``connect`` takes it, that the connection is being made.
+    """
     while True:
         try:
-            return await sock.connect(path)
-        except BlockingIOError:  # the listener's queue is full
+            return sock.connect(path)
+        except BlockingIOError:
             await trio.sleep(0.02)
 
 

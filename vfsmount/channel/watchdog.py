@@ -1,16 +1,18 @@
 """Requests that the device has had for too long.
 
 A daemon can go mute while its process lives (a worker thread that panicked). The first time that a
-request is without a reply for ``mute_after`` seconds, the log says so. With ``request_timeout`` it
-fails as well; its buffers stay with the device.
+request is without a reply for ``mute_after`` seconds, the log says so; those that become mute
+together share a line. With ``request_timeout`` they fail as well; their buffers stay with the
+device. Waiting for a file lock may last as long as it will and is none of this.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from vfsmount.channel.inflight import ABANDONED, NEW
+from vfsmount.wire.fuse import Opcode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["Watchdog"]
 
 log = logging.getLogger(__name__)
+
+_WAITS_FOR_LOCK: Final = int(Opcode.SETLKW)
 
 
 class Watchdog:
@@ -41,20 +45,27 @@ class Watchdog:
 
     def examine(self, requests: Iterable[Pending], now_ns: int) -> list[Pending]:
         """Report requests that have become mute, and return those that have timed out."""
-        overdue = []
+        mute, overdue = [], []
         for pending in requests:
-            age_ns = now_ns - pending.started_ns
-            if not pending.reported and pending.state != NEW and self.is_mute(pending, now_ns):
+            if not pending.reported and self.is_mute(pending, now_ns):
                 pending.reported = True
-                log.warning(
-                    "no reply to %s for %.1f s: the daemon is mute, it may hang",
-                    pending,
-                    age_ns / 1e9,
-                )
-            if self._timeout_ns and age_ns >= self._timeout_ns and pending.state != ABANDONED:
+                mute.append(pending)
+            if self._timeout_ns and self._is_overdue(pending, now_ns):
                 overdue.append(pending)
+        if mute:
+            oldest = min(mute, key=lambda pending: pending.started_ns)
+            age = (now_ns - oldest.started_ns) / 1e9
+            others = f" and {len(mute) - 1} more requests" if len(mute) > 1 else ""
+            log.warning("no reply to %s%s for %.1f s: the daemon is mute", oldest, others, age)
         return overdue
 
     def is_mute(self, pending: Pending, now_ns: int) -> bool:
         """Whether the device has had a request for ``mute_after`` seconds."""
+        if pending.state == NEW or pending.opcode == _WAITS_FOR_LOCK:
+            return False
         return now_ns - pending.started_ns >= self._mute_after * 1e9
+
+    def _is_overdue(self, pending: Pending, now_ns: int) -> bool:
+        if pending.state == ABANDONED or pending.opcode == _WAITS_FOR_LOCK:
+            return False
+        return now_ns - pending.started_ns >= self._timeout_ns

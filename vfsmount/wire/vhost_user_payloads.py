@@ -257,36 +257,36 @@ def _struct(codec: Codec[R]) -> PayloadCodec[R]:
     return PayloadCodec(codec.name, decode, codec.pack)
 
 
-class _Word(NamedTuple):
+class U64Word(NamedTuple):
     value: int
 
 
-class _RegionCount(NamedTuple):
+class RegionCount(NamedTuple):
     num_regions: int
 
 
-class _ConfigHead(NamedTuple):
+class ConfigHead(NamedTuple):
     offset: int
     size: int
     flags: int
 
 
-class _NotifierWords(NamedTuple):
+class NotifierWords(NamedTuple):
     word: int
     size: int
     offset: int
 
 
-_U64 = Codec(_Word, "=Q")
+_U64 = Codec(U64Word, "=Q")
 _REGION = Codec(MemoryRegion, "=QQQQ")
-_TABLE_HEAD = Codec(_RegionCount, "=I4x")
+_TABLE_HEAD = Codec(RegionCount, "=I4x")
 _SINGLE_REGION = Codec(MemoryRegion, "=8xQQQQ")
-_CONFIG_HEAD = Codec(_ConfigHead, "=III")
-_NOTIFIER = Codec(_NotifierWords, "=QQQ")
+_CONFIG_HEAD = Codec(ConfigHead, "=III")
+_NOTIFIER = Codec(NotifierWords, "=QQQ")
 #: 20 bytes of fields, but implementations send the C struct, padded to 24; some refuse 20.
 _INFLIGHT = Codec(InflightDescription, "=QQHH4x")
 _INFLIGHT_UNPADDED = Codec(InflightDescription, "=QQHH")
-_SHMEM_HEAD = Codec(_RegionCount, "=I4x")
+_SHMEM_HEAD = Codec(RegionCount, "=I4x")
 _FD_WORD_INDEX = 0xFF
 _FD_WORD_NO_FD = 0x100
 
