@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import stat
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import trio
@@ -40,7 +41,7 @@ from vfsmount.wire.fuse import InitFlag, Opcode, SetattrValid
 
 if TYPE_CHECKING:
     import socket as socket_module
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 
     from typing_extensions import Buffer
 
@@ -96,6 +97,7 @@ DEFAULT_MAX_PAGES = 32
 #: Seconds that the end of a session waits for the daemon to take DESTROY.
 DESTROY_PATIENCE = 2.0
 
+_DOTS = (b".", b"..")
 _WANTS_ENTRY = fuse.ENTRY_OUT.size
 _WANTS_OPENED = fuse.ENTRY_OUT.size + fuse.OPEN_OUT.size
 
@@ -191,6 +193,7 @@ class Session:
         self.facts = InitFacts(0, InitFlag(0), 0, 0, 0, 1, 0)
         self._nursery = nursery
         self._self = Caller(os.geteuid(), os.getegid(), os.getpid())
+        self._offered = InitFlag(0)
         self._security = b""
         self._supp_group = False
         self._setxattr_ext = False
@@ -209,6 +212,7 @@ class Session:
                 f"the daemon refused INIT of FUSE 7.{fuse.KERNEL_MINOR_VERSION}: "
                 f"{os.strerror(error.errno)}"
             ) from error
+        self._offered = offered
         self.facts = decode_init(reply, offered)
         accepted = self.facts.flags
         if InitFlag.SECURITY_CTX in accepted:
@@ -216,6 +220,14 @@ class Session:
             self._security = fuse.encode_extensions(fuse.Extensions(security=()))
         self._supp_group = InitFlag.CREATE_SUPP_GROUP in accepted
         self._setxattr_ext = InitFlag.SETXATTR_EXT in accepted
+
+    async def begin_again(self, without: InitFlag) -> None:
+        """INIT once more, offering less. Nothing may have been looked up or opened.
+
+        Raises:
+            HandshakeError: The daemon does not want that.
+        """
+        await self._start(self._offered & ~without)
 
     async def _destroy(self) -> None:
         # It is over either way.
@@ -228,10 +240,11 @@ class Session:
         self, parent: int, name: bytes, caller: Identity | None = None
     ) -> fuse.EntryOut:
         """LOOKUP: find ``name`` in ``parent``. A nodeid of 0 is a cacheable "no such name"."""
-        entry = await self._entry(Opcode.LOOKUP, parent, _names(name), caller)
-        if entry.nodeid:
-            self._check_node(entry, dots=name in (b".", b".."))
-        return entry
+        reply = await self._send(
+            Opcode.LOOKUP, parent, _names(name), _WANTS_ENTRY, caller, self._undo_entry
+        )
+        entry = self._unpack(Opcode.LOOKUP, fuse.ENTRY_OUT, reply)
+        return self._checked(entry, dots=name in _DOTS) if entry.nodeid else entry
 
     def forget(self, nodeid: int, nlookup: int = 1) -> None:
         """FORGET: give back ``nlookup`` references. Never blocks, never fails, is batched."""
@@ -249,7 +262,7 @@ class Session:
     ) -> fuse.EntryOut:
         """MKNOD: make a node of any type. ``rdev`` in the kernel's 32-bit encoding."""
         body = fuse.MKNOD_IN.values(mode, rdev, umask) + _names(name)
-        return await self._make(Opcode.MKNOD, parent, body, caller, group)
+        return await self._make(Opcode.MKNOD, parent, body, caller, self._extensions(group))
 
     async def mkdir(
         self,
@@ -262,7 +275,7 @@ class Session:
     ) -> fuse.EntryOut:
         """MKDIR: make a directory. ``mode`` must be masked already unless DONT_MASK is accepted."""
         body = fuse.MKDIR_IN.values(mode, umask) + _names(name)
-        return await self._make(Opcode.MKDIR, parent, body, caller, group)
+        return await self._make(Opcode.MKDIR, parent, body, caller, self._extensions(group))
 
     async def symlink(
         self,
@@ -273,22 +286,26 @@ class Session:
         group: int | None = None,
     ) -> fuse.EntryOut:
         """SYMLINK: make ``name`` a link to ``target``."""
-        return await self._make(Opcode.SYMLINK, parent, _names(name, target), caller, group)
+        return await self._make(
+            Opcode.SYMLINK, parent, _names(name, target), caller, self._extensions(group)
+        )
 
     async def link(
         self, nodeid: int, new_parent: int, new_name: bytes, caller: Identity | None = None
     ) -> fuse.EntryOut:
         """LINK: give ``nodeid`` one more name. The reply is one more reference to it."""
         body = fuse.LINK_IN.values(nodeid) + _names(new_name)
-        return await self._make(Opcode.LINK, new_parent, body, caller, None, extend=False)
+        return await self._make(Opcode.LINK, new_parent, body, caller, b"")
 
     async def unlink(self, parent: int, name: bytes, caller: Identity | None = None) -> None:
         """UNLINK: remove a name that is no directory."""
-        await self._plain(Opcode.UNLINK, parent, _names(name), caller)
+        self._nothing(
+            Opcode.UNLINK, await self._send(Opcode.UNLINK, parent, _names(name), 0, caller)
+        )
 
     async def rmdir(self, parent: int, name: bytes, caller: Identity | None = None) -> None:
         """RMDIR: remove an empty directory."""
-        await self._plain(Opcode.RMDIR, parent, _names(name), caller)
+        self._nothing(Opcode.RMDIR, await self._send(Opcode.RMDIR, parent, _names(name), 0, caller))
 
     async def rename(
         self,
@@ -303,14 +320,14 @@ class Session:
         names = _names(name, new_name)
         if flags:
             body = fuse.RENAME2_IN.values(new_parent, flags) + names
-            await self._plain(Opcode.RENAME2, parent, body, caller)
+            self._nothing(Opcode.RENAME2, await self._send(Opcode.RENAME2, parent, body, 0, caller))
         else:
             body = fuse.RENAME_IN.values(new_parent) + names
-            await self._plain(Opcode.RENAME, parent, body, caller)
+            self._nothing(Opcode.RENAME, await self._send(Opcode.RENAME, parent, body, 0, caller))
 
     async def readlink(self, nodeid: int, caller: Identity | None = None) -> bytes:
         """READLINK: the target, 1 to 4095 bytes."""
-        return await self._data(Opcode.READLINK, nodeid, b"", fuse.PATH_MAX, caller)
+        return await self._send(Opcode.READLINK, nodeid, b"", fuse.PATH_MAX, caller)
 
     # --- attributes ------------------------------------------------------------------------------
 
@@ -319,13 +336,16 @@ class Session:
     ) -> fuse.AttrOut:
         """GETATTR: of the node, through ``fh`` where given."""
         body = _NO_FH if fh is None else fuse.GETATTR_IN.values(fuse.GetattrFlag.FH, fh)
-        return await self._attr(Opcode.GETATTR, nodeid, body, caller)
+        reply = await self._send(Opcode.GETATTR, nodeid, body, fuse.ATTR_OUT.size, caller)
+        return self._attributes(Opcode.GETATTR, reply)
 
     async def setattr(
         self, nodeid: int, changes: fuse.SetattrIn, caller: Identity | None = None
     ) -> fuse.AttrOut:
         """SETATTR: change what ``changes.valid`` names; see ``setattr_in`` for building it."""
-        return await self._attr(Opcode.SETATTR, nodeid, fuse.SETATTR_IN.pack(changes), caller)
+        body = fuse.SETATTR_IN.pack(changes)
+        reply = await self._send(Opcode.SETATTR, nodeid, body, fuse.ATTR_OUT.size, caller)
+        return self._attributes(Opcode.SETATTR, reply)
 
     async def statx(
         self,
@@ -338,17 +358,28 @@ class Session:
         """STATX (7.39): ``flags`` and ``mask`` as in statx(2)."""
         has_fh = 0 if fh is None else fuse.GetattrFlag.FH
         body = fuse.STATX_IN.values(has_fh, fh or 0, flags, mask)
-        return await self._record(Opcode.STATX, nodeid, body, fuse.STATX_OUT, caller)
+        return self._unpack(
+            Opcode.STATX,
+            fuse.STATX_OUT,
+            await self._send(Opcode.STATX, nodeid, body, fuse.STATX_OUT.size, caller),
+        )
 
     async def access(self, nodeid: int, mask: int, caller: Identity | None = None) -> None:
         """ACCESS: may ``caller`` do ``mask`` (R_OK, W_OK, X_OK)? Real daemons say yes or ENOSYS."""
-        await self._plain(Opcode.ACCESS, nodeid, fuse.ACCESS_IN.values(mask), caller)
+        self._nothing(
+            Opcode.ACCESS,
+            await self._send(Opcode.ACCESS, nodeid, fuse.ACCESS_IN.values(mask), 0, caller),
+        )
 
     async def statfs(
         self, nodeid: int = fuse.ROOT_ID, caller: Identity | None = None
     ) -> fuse.Kstatfs:
         """STATFS: of the file system that holds ``nodeid``."""
-        return await self._record(Opcode.STATFS, nodeid, b"", fuse.KSTATFS, caller)
+        return self._unpack(
+            Opcode.STATFS,
+            fuse.KSTATFS,
+            await self._send(Opcode.STATFS, nodeid, b"", fuse.KSTATFS.size, caller),
+        )
 
     async def setxattr(
         self,
@@ -364,7 +395,10 @@ class Session:
             body = fuse.SETXATTR_IN.values(len(value), flags, setxattr_flags)
         else:
             body = fuse.SETXATTR_IN_COMPAT.values(len(value), flags)
-        await self._plain(Opcode.SETXATTR, nodeid, body + _names(name) + value, caller)
+        self._nothing(
+            Opcode.SETXATTR,
+            await self._send(Opcode.SETXATTR, nodeid, body + _names(name) + value, 0, caller),
+        )
 
     async def getxattr(
         self,
@@ -375,12 +409,16 @@ class Session:
     ) -> bytes:
         """GETXATTR: the value; ERANGE when it is longer than ``size`` (1 or more) bytes."""
         body = fuse.GETXATTR_IN.values(_nonzero(size)) + _names(name)
-        return await self._data(Opcode.GETXATTR, nodeid, body, size, caller)
+        return await self._send(Opcode.GETXATTR, nodeid, body, size, caller)
 
     async def getxattr_size(self, nodeid: int, name: bytes, caller: Identity | None = None) -> int:
         """GETXATTR with size 0: bytes that the value takes."""
         body = fuse.GETXATTR_IN.values(0) + _names(name)
-        reply = await self._record(Opcode.GETXATTR, nodeid, body, fuse.GETXATTR_OUT, caller)
+        reply = self._unpack(
+            Opcode.GETXATTR,
+            fuse.GETXATTR_OUT,
+            await self._send(Opcode.GETXATTR, nodeid, body, fuse.GETXATTR_OUT.size, caller),
+        )
         return reply.size
 
     async def listxattr(
@@ -388,7 +426,7 @@ class Session:
     ) -> list[bytes]:
         """LISTXATTR: the names; ERANGE when the list is longer than ``size`` bytes."""
         body = fuse.GETXATTR_IN.values(_nonzero(size))
-        listing = await self._data(Opcode.LISTXATTR, nodeid, body, size, caller)
+        listing = await self._send(Opcode.LISTXATTR, nodeid, body, size, caller)
         if listing and not listing.endswith(b"\0"):
             raise self._violation("LISTXATTR reply whose last name has no NUL")
         return listing.split(b"\0")[:-1]
@@ -396,12 +434,19 @@ class Session:
     async def listxattr_size(self, nodeid: int, caller: Identity | None = None) -> int:
         """LISTXATTR with size 0: bytes that the list takes."""
         body = fuse.GETXATTR_IN.values(0)
-        reply = await self._record(Opcode.LISTXATTR, nodeid, body, fuse.GETXATTR_OUT, caller)
+        reply = self._unpack(
+            Opcode.LISTXATTR,
+            fuse.GETXATTR_OUT,
+            await self._send(Opcode.LISTXATTR, nodeid, body, fuse.GETXATTR_OUT.size, caller),
+        )
         return reply.size
 
     async def removexattr(self, nodeid: int, name: bytes, caller: Identity | None = None) -> None:
         """REMOVEXATTR: ENODATA when it is not there."""
-        await self._plain(Opcode.REMOVEXATTR, nodeid, _names(name), caller)
+        self._nothing(
+            Opcode.REMOVEXATTR,
+            await self._send(Opcode.REMOVEXATTR, nodeid, _names(name), 0, caller),
+        )
 
     # --- files -----------------------------------------------------------------------------------
 
@@ -409,7 +454,10 @@ class Session:
         self, nodeid: int, flags: int, open_flags: int = 0, caller: Identity | None = None
     ) -> fuse.OpenOut:
         """OPEN: ``flags`` as in open(2), which O_CREAT, O_EXCL and O_NOCTTY never reach."""
-        return await self._open(Opcode.OPEN, Opcode.RELEASE, nodeid, flags, open_flags, caller)
+        body = fuse.OPEN_IN.values(flags, open_flags)
+        undo = partial(self._undo_open, Opcode.RELEASE, nodeid)
+        reply = await self._send(Opcode.OPEN, nodeid, body, fuse.OPEN_OUT.size, caller, undo)
+        return self._unpack(Opcode.OPEN, fuse.OPEN_OUT, reply)
 
     async def create(
         self,
@@ -424,7 +472,9 @@ class Session:
     ) -> tuple[fuse.EntryOut, fuse.OpenOut]:
         """CREATE: make or open a regular file. One reference and one handle."""
         args = fuse.CREATE_IN.values(flags, mode, umask, open_flags)
-        return await self._create(Opcode.CREATE, parent, args + _names(name), caller, group)
+        return await self._create(
+            Opcode.CREATE, parent, args + _names(name), caller, self._extensions(group)
+        )
 
     async def tmpfile(
         self,
@@ -437,14 +487,16 @@ class Session:
     ) -> tuple[fuse.EntryOut, fuse.OpenOut]:
         """TMPFILE (7.37): a file without a name. Linux sends "/" where the name would be."""
         args = fuse.CREATE_IN.values(flags, mode, umask, 0)
-        return await self._create(Opcode.TMPFILE, parent, args + _names(b"/"), caller, group)
+        return await self._create(
+            Opcode.TMPFILE, parent, args + _names(b"/"), caller, self._extensions(group)
+        )
 
     async def read(
         self, nodeid: int, fh: int, offset: int, size: int, caller: Identity | None = None
     ) -> bytes:
         """READ: up to ``size`` bytes (at most ``facts.max_read``); fewer only at the end."""
         body = fuse.READ_IN.values(fh, offset, size, 0, 0, 0)
-        return await self._data(Opcode.READ, nodeid, body, size, caller)
+        return await self._send(Opcode.READ, nodeid, body, size, caller)
 
     async def read_view(
         self, nodeid: int, fh: int, offset: int, size: int, caller: Identity | None = None
@@ -472,11 +524,16 @@ class Session:
         offset: int,
         data: Buffer,
         write_flags: int = 0,
+        flags: int = 0,
         caller: Identity | None = None,
     ) -> int:
-        """WRITE: at most ``facts.max_write`` bytes; returns how many were taken."""
+        """WRITE: at most ``facts.max_write`` bytes; returns how many were taken.
+
+        ``flags`` are those that the file was opened with: virtiofsd (Rust) appends only when
+        O_APPEND is among them here, whatever it was at OPEN.
+        """
         size = memoryview(data).nbytes
-        body = fuse.WRITE_IN.values(fh, offset, size, write_flags, 0, 0)
+        body = fuse.WRITE_IN.values(fh, offset, size, write_flags, 0, flags)
         who = caller or self._self
         reply = await self.channel.request(
             Opcode.WRITE,
@@ -497,14 +554,17 @@ class Session:
         self, nodeid: int, fh: int, lock_owner: int = 0, caller: Identity | None = None
     ) -> None:
         """FLUSH: each close(2) of a handle."""
-        await self._plain(Opcode.FLUSH, nodeid, fuse.FLUSH_IN.values(fh, lock_owner), caller)
+        self._nothing(
+            Opcode.FLUSH,
+            await self._send(Opcode.FLUSH, nodeid, fuse.FLUSH_IN.values(fh, lock_owner), 0, caller),
+        )
 
     async def fsync(
         self, nodeid: int, fh: int, datasync: bool = False, caller: Identity | None = None
     ) -> None:
         """FSYNC: everything written through any handle is durable at the host."""
         body = fuse.FSYNC_IN.values(fh, fuse.FsyncFlag.FDATASYNC if datasync else 0)
-        await self._plain(Opcode.FSYNC, nodeid, body, caller)
+        self._nothing(Opcode.FSYNC, await self._send(Opcode.FSYNC, nodeid, body, 0, caller))
 
     async def release(
         self,
@@ -517,7 +577,7 @@ class Session:
     ) -> None:
         """RELEASE: the last close of a handle; ``flags`` as it was opened."""
         body = fuse.RELEASE_IN.values(fh, flags, release_flags, lock_owner)
-        await self._plain(Opcode.RELEASE, nodeid, body, caller)
+        self._nothing(Opcode.RELEASE, await self._send(Opcode.RELEASE, nodeid, body, 0, caller))
 
     async def fallocate(
         self,
@@ -530,14 +590,20 @@ class Session:
     ) -> None:
         """FALLOCATE: as fallocate(2)."""
         body = fuse.FALLOCATE_IN.values(fh, offset, length, mode)
-        await self._plain(Opcode.FALLOCATE, nodeid, body, caller)
+        self._nothing(Opcode.FALLOCATE, await self._send(Opcode.FALLOCATE, nodeid, body, 0, caller))
 
     async def lseek(
         self, nodeid: int, fh: int, offset: int, whence: int, caller: Identity | None = None
     ) -> int:
         """LSEEK: for SEEK_DATA and SEEK_HOLE; ENXIO at the end."""
         body = fuse.LSEEK_IN.values(fh, offset, whence)
-        return (await self._record(Opcode.LSEEK, nodeid, body, fuse.LSEEK_OUT, caller)).offset
+        return (
+            self._unpack(
+                Opcode.LSEEK,
+                fuse.LSEEK_OUT,
+                await self._send(Opcode.LSEEK, nodeid, body, fuse.LSEEK_OUT.size, caller),
+            )
+        ).offset
 
     async def copy_file_range(
         self,
@@ -547,7 +613,11 @@ class Session:
     ) -> int:
         """COPY_FILE_RANGE: copies at the host; returns the bytes copied (32 bits of them)."""
         body = fuse.COPY_FILE_RANGE_IN.pack(copy)
-        reply = await self._record(Opcode.COPY_FILE_RANGE, nodeid, body, fuse.WRITE_OUT, caller)
+        reply = self._unpack(
+            Opcode.COPY_FILE_RANGE,
+            fuse.WRITE_OUT,
+            await self._send(Opcode.COPY_FILE_RANGE, nodeid, body, fuse.WRITE_OUT.size, caller),
+        )
         return reply.size
 
     async def copy_file_range_64(
@@ -559,21 +629,27 @@ class Session:
         """COPY_FILE_RANGE_64 (7.45): as copy_file_range with a 64-bit count."""
         opcode, codec = Opcode.COPY_FILE_RANGE_64, fuse.COPY_FILE_RANGE_OUT
         body = fuse.COPY_FILE_RANGE_IN.pack(copy)
-        return (await self._record(opcode, nodeid, body, codec, caller)).bytes_copied
+        return (
+            self._unpack(opcode, codec, await self._send(opcode, nodeid, body, codec.size, caller))
+        ).bytes_copied
 
     async def getlk(
         self, nodeid: int, lock: fuse.LkIn, caller: Identity | None = None
     ) -> fuse.LkOut:
         """GETLK: the lock that stands in the way of ``lock``, or type UNLOCK."""
         body = fuse.LK_IN.pack(lock)
-        return await self._record(Opcode.GETLK, nodeid, body, fuse.LK_OUT, caller)
+        return self._unpack(
+            Opcode.GETLK,
+            fuse.LK_OUT,
+            await self._send(Opcode.GETLK, nodeid, body, fuse.LK_OUT.size, caller),
+        )
 
     async def setlk(
         self, nodeid: int, lock: fuse.LkIn, wait: bool = False, caller: Identity | None = None
     ) -> None:
         """SETLK, or SETLKW when it may ``wait``."""
         opcode = Opcode.SETLKW if wait else Opcode.SETLK
-        await self._plain(opcode, nodeid, fuse.LK_IN.pack(lock), caller)
+        self._nothing(opcode, await self._send(opcode, nodeid, fuse.LK_IN.pack(lock), 0, caller))
 
     async def ioctl(
         self,
@@ -589,7 +665,7 @@ class Session:
         """IOCTL: ``cmd`` with ``data`` in and up to ``out_size`` bytes back."""
         body = fuse.IOCTL_IN.values(fh, flags, cmd, arg, len(data), out_size) + data
         size = fuse.IOCTL_OUT.size
-        reply = await self._data(Opcode.IOCTL, nodeid, body, size + out_size, caller)
+        reply = await self._send(Opcode.IOCTL, nodeid, body, size + out_size, caller)
         return self._unpack(Opcode.IOCTL, fuse.IOCTL_OUT, reply[:size]), reply[size:]
 
     async def poll(
@@ -597,18 +673,33 @@ class Session:
     ) -> int:
         """POLL: which of ``events`` (poll(2)) are true now."""
         body = fuse.POLL_IN.values(fh, kh, 0, events)
-        return (await self._record(Opcode.POLL, nodeid, body, fuse.POLL_OUT, caller)).revents
+        return (
+            self._unpack(
+                Opcode.POLL,
+                fuse.POLL_OUT,
+                await self._send(Opcode.POLL, nodeid, body, fuse.POLL_OUT.size, caller),
+            )
+        ).revents
 
     async def bmap(
         self, nodeid: int, block: int, blocksize: int, caller: Identity | None = None
     ) -> int:
         """BMAP: where ``block`` of the file lies on the device."""
         body = fuse.BMAP_IN.values(block, blocksize)
-        return (await self._record(Opcode.BMAP, nodeid, body, fuse.BMAP_OUT, caller)).block
+        return (
+            self._unpack(
+                Opcode.BMAP,
+                fuse.BMAP_OUT,
+                await self._send(Opcode.BMAP, nodeid, body, fuse.BMAP_OUT.size, caller),
+            )
+        ).block
 
     async def syncfs(self, nodeid: int = fuse.ROOT_ID, caller: Identity | None = None) -> None:
         """SYNCFS: as syncfs(2) at the host."""
-        await self._plain(Opcode.SYNCFS, nodeid, fuse.SYNCFS_IN.values(0), caller)
+        self._nothing(
+            Opcode.SYNCFS,
+            await self._send(Opcode.SYNCFS, nodeid, fuse.SYNCFS_IN.values(0), 0, caller),
+        )
 
     # --- directories -----------------------------------------------------------------------------
 
@@ -616,14 +707,17 @@ class Session:
         self, nodeid: int, flags: int = os.O_DIRECTORY, caller: Identity | None = None
     ) -> fuse.OpenOut:
         """OPENDIR."""
-        return await self._open(Opcode.OPENDIR, Opcode.RELEASEDIR, nodeid, flags, 0, caller)
+        body = fuse.OPEN_IN.values(flags, 0)
+        undo = partial(self._undo_open, Opcode.RELEASEDIR, nodeid)
+        reply = await self._send(Opcode.OPENDIR, nodeid, body, fuse.OPEN_OUT.size, caller, undo)
+        return self._unpack(Opcode.OPENDIR, fuse.OPEN_OUT, reply)
 
     async def readdir(
         self, nodeid: int, fh: int, offset: int, size: int, caller: Identity | None = None
     ) -> list[fuse.DirEntry]:
         """READDIR: names after cookie ``offset`` that fit into ``size`` bytes; [] at the end."""
         body = fuse.READ_IN.values(fh, offset, size, 0, 0, 0)
-        data = await self._data(Opcode.READDIR, nodeid, body, size, caller)
+        data = await self._send(Opcode.READDIR, nodeid, body, size, caller)
         return self._listed(Opcode.READDIR, fuse.iter_dirents(data))
 
     async def readdirplus(
@@ -631,13 +725,13 @@ class Session:
     ) -> list[fuse.DirEntryPlus]:
         """READDIRPLUS: as readdir, each name with its entry: a reference, if it has a nodeid."""
         body = fuse.READ_IN.values(fh, offset, size, 0, 0, 0)
-        data = await self._data(
+        data = await self._send(
             Opcode.READDIRPLUS, nodeid, body, size, caller, on_abandoned=self._undo_listing
         )
         entries = self._listed(Opcode.READDIRPLUS, fuse.iter_direntplus(data))
         for found in entries:
             if found.entry.nodeid:
-                self._check_node(found.entry, dots=found.name in (b".", b".."))
+                self._checked(found.entry, dots=found.name in _DOTS)
         return entries
 
     async def fsyncdir(
@@ -645,14 +739,16 @@ class Session:
     ) -> None:
         """FSYNCDIR."""
         body = fuse.FSYNC_IN.values(fh, fuse.FsyncFlag.FDATASYNC if datasync else 0)
-        await self._plain(Opcode.FSYNCDIR, nodeid, body, caller)
+        self._nothing(Opcode.FSYNCDIR, await self._send(Opcode.FSYNCDIR, nodeid, body, 0, caller))
 
     async def releasedir(
         self, nodeid: int, fh: int, flags: int = 0, caller: Identity | None = None
     ) -> None:
         """RELEASEDIR."""
         body = fuse.RELEASE_IN.values(fh, flags, 0, 0)
-        await self._plain(Opcode.RELEASEDIR, nodeid, body, caller)
+        self._nothing(
+            Opcode.RELEASEDIR, await self._send(Opcode.RELEASEDIR, nodeid, body, 0, caller)
+        )
 
     # --- DAX -------------------------------------------------------------------------------------
 
@@ -667,14 +763,18 @@ class Session:
     ) -> None:
         """SETUPMAPPING: map ``length`` bytes of the file at ``moffset`` of the window."""
         body = fuse.SETUPMAPPING_IN.values(fh, foffset, length, flags, moffset)
-        await self._plain(Opcode.SETUPMAPPING, nodeid, body, None)
+        self._nothing(
+            Opcode.SETUPMAPPING, await self._send(Opcode.SETUPMAPPING, nodeid, body, 0, None)
+        )
 
     async def removemapping(self, nodeid: int, ranges: Sequence[tuple[int, int]]) -> None:
         """REMOVEMAPPING: of (moffset, length) pairs."""
         body = fuse.REMOVEMAPPING_IN.values(len(ranges)) + b"".join(
             fuse.REMOVEMAPPING_ONE.values(*one) for one in ranges
         )
-        await self._plain(Opcode.REMOVEMAPPING, nodeid, body, None)
+        self._nothing(
+            Opcode.REMOVEMAPPING, await self._send(Opcode.REMOVEMAPPING, nodeid, body, 0, None)
+        )
 
     # --- anything --------------------------------------------------------------------------------
 
@@ -704,9 +804,9 @@ class Session:
             extlen=len(extensions) // 8,
         )
 
-    # --- how requests of each shape are sent -----------------------------------------------------
+    # --- how requests are sent -------------------------------------------------------------------
 
-    async def _data(
+    def _send(
         self,
         opcode: int,
         nodeid: int,
@@ -715,9 +815,10 @@ class Session:
         caller: Identity | None,
         on_abandoned: Callable[[bytes], None] | None = None,
         extlen: int = 0,
-    ) -> bytes:
+    ) -> Coroutine[Any, Any, bytes]:
+        # Not async itself: each coroutine between an application and the ring costs 1 to 2 us.
         who = caller or self._self
-        return await self.channel.request(
+        return self.channel.request(
             opcode,
             nodeid,
             body,
@@ -729,51 +830,29 @@ class Session:
             on_abandoned=on_abandoned,
         )
 
-    async def _plain(self, opcode: int, nodeid: int, body: bytes, caller: Identity | None) -> None:
-        if await self._data(opcode, nodeid, body, 0, caller):
-            raise self._violation(f"reply to {fuse.opcode_name(opcode)} has a body")
-
-    async def _record(
-        self, opcode: int, nodeid: int, body: bytes, codec: Codec[R], caller: Identity | None
-    ) -> R:
-        reply = await self._data(opcode, nodeid, body, codec.size, caller)
-        return self._unpack(opcode, codec, reply)
-
-    async def _attr(
-        self, opcode: int, nodeid: int, body: bytes, caller: Identity | None
-    ) -> fuse.AttrOut:
-        reply = await self._record(opcode, nodeid, body, fuse.ATTR_OUT, caller)
-        if not _sane(reply.attr):
-            raise self._violation(f"impossible attributes of node {nodeid}: {reply.attr}")
-        return reply
-
-    async def _entry(
-        self, opcode: int, nodeid: int, body: bytes, caller: Identity | None, extlen: int = 0
-    ) -> fuse.EntryOut:
-        reply = await self._data(
-            opcode, nodeid, body, _WANTS_ENTRY, caller, self._undo_entry, extlen
-        )
-        return self._unpack(opcode, fuse.ENTRY_OUT, reply)
-
     async def _make(
         self,
         opcode: int,
         parent: int,
         body: bytes,
         caller: Identity | None,
-        group: int | None,
-        extend: bool = True,
+        extensions: bytes,
     ) -> fuse.EntryOut:
-        extensions = self._extensions(group) if extend else b""
-        entry = await self._entry(opcode, parent, body + extensions, caller, len(extensions) // 8)
-        self._check_node(entry)
-        return entry
+        reply = await self._send(
+            opcode,
+            parent,
+            body + extensions,
+            _WANTS_ENTRY,
+            caller,
+            self._undo_entry,
+            len(extensions) // 8,
+        )
+        return self._checked(self._unpack(opcode, fuse.ENTRY_OUT, reply))
 
     async def _create(
-        self, opcode: int, parent: int, body: bytes, caller: Identity | None, group: int | None
+        self, opcode: int, parent: int, body: bytes, caller: Identity | None, extensions: bytes
     ) -> tuple[fuse.EntryOut, fuse.OpenOut]:
-        extensions = self._extensions(group)
-        reply = await self._data(
+        reply = await self._send(
             opcode,
             parent,
             body + extensions,
@@ -784,25 +863,8 @@ class Session:
         )
         if len(reply) != _WANTS_OPENED:
             raise self._violation(f"reply to {fuse.opcode_name(opcode)} of {len(reply)} bytes")
-        entry = fuse.ENTRY_OUT.unpack(reply)
-        self._check_node(entry)
+        entry = self._checked(fuse.ENTRY_OUT.unpack(reply))
         return entry, fuse.OPEN_OUT.unpack(reply, fuse.ENTRY_OUT.size)
-
-    async def _open(
-        self,
-        opcode: int,
-        release: Opcode,
-        nodeid: int,
-        flags: int,
-        open_flags: int,
-        caller: Identity | None,
-    ) -> fuse.OpenOut:
-        def undo(reply: bytes) -> None:
-            self._undo_open(release, nodeid, reply)
-
-        body = fuse.OPEN_IN.values(flags, open_flags)
-        reply = await self._data(opcode, nodeid, body, fuse.OPEN_OUT.size, caller, undo)
-        return self._unpack(opcode, fuse.OPEN_OUT, reply)
 
     def _extensions(self, group: int | None) -> bytes:
         if group is None or not self._supp_group:
@@ -817,18 +879,29 @@ class Session:
             raise self._violation(f"reply to {name} of {len(reply)} bytes, {codec.size} expected")
         return codec.unpack(reply)
 
+    def _nothing(self, opcode: int, reply: bytes) -> None:
+        if reply:
+            raise self._violation(f"reply to {fuse.opcode_name(opcode)} has a body")
+
+    def _attributes(self, opcode: int, reply: bytes) -> fuse.AttrOut:
+        out = self._unpack(opcode, fuse.ATTR_OUT, reply)
+        if not _sane(out.attr):
+            raise self._violation(f"impossible attributes: {out.attr}")
+        return out
+
     def _listed(self, opcode: int, entries: Iterator[T]) -> list[T]:
         try:
             return list(entries)
         except WireError as error:
             raise self._violation(f"reply to {fuse.opcode_name(opcode)}: {error}") from error
 
-    def _check_node(self, entry: fuse.EntryOut, *, dots: bool = False) -> None:
+    def _checked(self, entry: fuse.EntryOut, *, dots: bool = False) -> fuse.EntryOut:
         """As the kernel's ``invalid_nodeid`` and ``fuse_invalid_attr``; "." may be the root."""
         if entry.nodeid == 0 or (entry.nodeid == fuse.ROOT_ID and not dots):
             raise self._violation(f"entry with nodeid {entry.nodeid}")
         if not _sane(entry.attr):
             raise self._violation(f"impossible attributes of node {entry.nodeid}: {entry.attr}")
+        return entry
 
     def _violation(self, what: str) -> ProtocolViolation:
         violation = ProtocolViolation(f"the daemon broke the FUSE protocol: {what}")
@@ -865,7 +938,10 @@ class Session:
     async def _release_quietly(self, release: Opcode, nodeid: int, fh: int) -> None:
         # close(2) has nobody to tell either.
         with suppress(RemoteErrno, ChannelBroken, ChannelClosed, RequestTimeout):
-            await self._plain(release, nodeid, fuse.RELEASE_IN.values(fh, 0, 0, 0), None)
+            self._nothing(
+                release,
+                await self._send(release, nodeid, fuse.RELEASE_IN.values(fh, 0, 0, 0), 0, None),
+            )
 
 
 def decode_init(reply: bytes, offered: InitFlag) -> InitFacts:
