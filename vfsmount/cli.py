@@ -15,12 +15,12 @@ import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
+from vfsmount import __version__
 from vfsmount.client.arguments import (
     HELP,
     Arguments,
     Group,
     Option,
-    package_version,
     parse,
     render_help,
 )
@@ -62,6 +62,7 @@ Examples:
   in /etc/fstab:
   /run/virtiofsd.sock  /mnt  fuse.vfsmount  cache=none,nofail,_netdev  0  0
 
+Called as mount(8) calls helpers (vfsmount PATH MNT -o ...), it goes to the background.
 A mount point named like a command is written with its folder: vfsmount ./serve ...
 'vfsmount COMMAND --help' explains the other commands.
 {EXIT_CODES}"""
@@ -136,7 +137,7 @@ def _mount(words: list[str]) -> int:
         print(render_help(MOUNT_USAGE, MOUNT_INTRO, MOUNT_GROUPS, MOUNT_AFTER), end="")
         return ExitCode.OK
     if given.get("version"):
-        print(f"vfsmount {package_version()}")
+        print(f"vfsmount {__version__}")
         return ExitCode.OK
     settings = parse_mount(words)
 
@@ -144,7 +145,7 @@ def _mount(words: list[str]) -> int:
 
     start_logging(settings.log_level, settings.log_file)
 
-    from vfsmount.client.mount import run_mount
+    from vfsmount.client.launch import run_mount
 
     return run_mount(settings)
 

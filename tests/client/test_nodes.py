@@ -86,9 +86,7 @@ class NodeTableMachine(RuleBasedStateMachine):
         if self.counts:
             nodeid = data.draw(st.sampled_from(sorted(self.counts)))
             nlookup = data.draw(st.integers(1, self.counts[nodeid]))
-            inode = next(
-                node.inode for node in self.table.nodes() if node.nodeid == nodeid
-            )
+            inode = next(node.inode for node in self.table.nodes() if node.nodeid == nodeid)
             owed = self.table.forget([(inode, nlookup)])
             gone = self._drop(nodeid, nlookup)
             assert [one for one, _ in owed] == ([nodeid] if gone else [])

@@ -119,6 +119,13 @@ class Daemon:
         """
         return len(self.open_files())
 
+    def fd_limit(self) -> int:
+        """How many descriptors the daemon may have at once."""
+        for line in Path(f"/proc/{self.pid}/limits").read_text().splitlines():
+            if line.startswith("Max open files"):
+                return int(line.split()[3])
+        raise AssertionError("no limit of open files")
+
     def open_files(self) -> list[str]:
         """What the descriptors counted by `fd_count` refer to, sorted."""
         folder = Path(f"/proc/{self.pid}/fd")

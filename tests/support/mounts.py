@@ -80,6 +80,7 @@ def start_mount(
     socket: str | os.PathLike[str],
     *,
     cache: str = "auto",
+    engine: str = "auto",
     options: Sequence[str] = (),
     expected_status: int = 0,
 ) -> Iterator[Mount]:
@@ -89,6 +90,7 @@ def start_mount(
         path: Mount point, an empty directory.
         socket: The daemon's vhost-user socket.
         cache: Cache mode.
+        engine: ``relay``, ``pyfuse3``, or ``auto`` for the command's own choice.
         options: More arguments of the command.
         expected_status: Exit status at the end.
 
@@ -98,6 +100,7 @@ def start_mount(
     log_path = Path(tempfile.mkdtemp(prefix="vfsmount-log-")) / "log"
     ready, announce = os.pipe()
     command = [sys.executable, "-m", "vfsmount", str(path), "--socket", str(socket)]
+    command += ["--engine", engine] if engine != "auto" else []
     command += ["--cache", cache, "--ready-fd", str(announce), *options]
     with log_path.open("wb") as log:
         process = subprocess.Popen(

@@ -26,7 +26,6 @@ __all__ = [
     "Group",
     "Option",
     "nearest",
-    "package_version",
     "parse",
     "render_help",
     "store",
@@ -81,16 +80,6 @@ class Arguments(NamedTuple):
 
 
 HELP = Option("help", "show this text and leave", short="h")
-
-
-def package_version() -> str:
-    """Return the version as installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("vfsmount")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

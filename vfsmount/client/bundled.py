@@ -30,6 +30,9 @@ from vfsmount.errors import ConnectError, ExitCode, UsageError, VfsmountError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from vfsmount.client.options import MountSettings
+
+
 __all__ = ["BundledDaemon", "bundled_daemon"]
 
 PR_SET_PDEATHSIG = 1
@@ -37,7 +40,7 @@ STOP_SECONDS = 5.0
 """A daemon without guests ends at once on SIGTERM; after that it is killed."""
 DEATH_SECONDS = 1.0
 """Between the end of a daemon's sockets and its exit status there are a few milliseconds."""
-LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "debug": logging.DEBUG}
+LEVELS = {name: getattr(logging, name) for name in ("ERROR", "WARNING", "INFO", "DEBUG")}
 
 logger = logging.getLogger("vfsmount.hostd")
 libc = ctypes.CDLL(None)
@@ -51,15 +54,16 @@ class BundledDaemon:
         pid: Process id of the daemon.
     """
 
-    def __init__(self, source: str, log_level: str) -> None:
+    def __init__(self, settings: MountSettings) -> None:
         self.sock, listener = _connected_pair()
         with listener:
             try:
-                self._process = _spawn(source, listener.fileno(), log_level)
+                self._process = _spawn(_arguments(settings, listener.fileno()), listener.fileno())
             except OSError as error:
                 self.sock.close()
                 raise ConnectError(f"cannot start the daemon: {error}") from error
         self.pid = self._process.pid
+        self._patience = STOP_SECONDS
         self._early: list[str] | None = []
         self._log = threading.Thread(target=self._relay_log, name="hostd-log", daemon=True)
         self._log.start()
@@ -77,10 +81,9 @@ class BundledDaemon:
         except subprocess.TimeoutExpired:
             return None
         self._log.join(DEATH_SECONDS)
-        lines = self._early or []
-        reason = (
-            _text(lines[-1])[1] if lines else f"the daemon ended with {describe_status(status)}"
-        )
+        reason = f"the daemon ended with {describe_status(status)}"
+        if status > 0 and self._early:
+            reason = _text(self._early[-1])[1]
         kind = UsageError if status == ExitCode.USAGE else ConnectError
         return kind(reason)
 
@@ -91,12 +94,16 @@ class BundledDaemon:
         except subprocess.TimeoutExpired:
             return ""
 
+    def abort(self) -> None:
+        """Do not be patient in the end."""
+        self._patience = 0.0
+
     def stop(self) -> None:
         """End the daemon and collect it; bounded."""
         self.sock.close()
         self._process.terminate()
         try:
-            self._process.wait(STOP_SECONDS)
+            self._process.wait(self._patience)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -117,13 +124,13 @@ class BundledDaemon:
 
 
 @contextmanager
-def bundled_daemon(source: str, log_level: str) -> Iterator[BundledDaemon]:
-    """Run the bundled daemon for one directory while the body runs.
+def bundled_daemon(settings: MountSettings) -> Iterator[BundledDaemon]:
+    """Run the bundled daemon for the directory of a mount while the body runs.
 
     Raises:
         ConnectError: The process cannot be started.
     """
-    daemon = BundledDaemon(source, log_level)
+    daemon = BundledDaemon(settings)
     try:
         yield daemon
     finally:
@@ -152,14 +159,26 @@ def _connected_pair() -> tuple[socket.socket, socket.socket]:
         return sock, listener
 
 
-def _spawn(source: str, listener: int, log_level: str) -> subprocess.Popen[bytes]:
+def _arguments(settings: MountSettings, listener: int) -> list[str]:
+    """The daemon's command line: it serves us only, and may promise as much as the mount does."""
+    words = ["--fd", str(listener), "--once", "--cache", settings.cache]
+    # What it has to say about a single, well-known guest interests those who look for a fault.
+    level = "warning" if settings.log_level == "info" else settings.log_level
+    words += ["--log-level", level]
+    words += ["--writeback"] * settings.writeback + ["--readonly"] * settings.readonly
+    if settings.poll_us is not None:
+        words += ["--poll-us", str(settings.poll_us)]
+    return [*words, "--", settings.source or ""]
+
+
+def _spawn(arguments: list[str], listener: int) -> subprocess.Popen[bytes]:
     # -P, and our own place instead: whoever owns the working directory must not choose the code.
-    words = [sys.executable, "-P", "-m", "vfsmount", "serve", source, "--fd", str(listener)]
+    words = [sys.executable, "-P", "-m", "vfsmount", "serve", *arguments]
     # READY and STOPPING are ours to tell.
     environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
     environment["PYTHONPATH"] = os.pathsep.join([_package_folder(), *_absolute_python_path()])
     return subprocess.Popen(
-        [*words, "--log-level", log_level],
+        words,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -181,7 +200,8 @@ def _absolute_python_path() -> list[str]:
 
 def _die_with_parent(parent: int) -> Callable[[], None]:
     def in_child() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        # Not SIGTERM, which would wait for SIGCONT in a daemon that is stopped.
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(ExitCode.INTERNAL)  # it died before the call above
 
@@ -189,12 +209,12 @@ def _die_with_parent(parent: int) -> Callable[[], None]:
 
 
 def _text(line: str) -> tuple[int, str]:
-    """Take our own prefix and level off a line of the daemon."""
-    text = line.removeprefix("vfsmount: ")
+    """Take prefix and level off a line of the daemon; what it says without a level is for few."""
+    text = line.removeprefix("vfsmount serve: ")
     word, colon, rest = text.partition(": ")
     if colon and word in LEVELS:
         return LEVELS[word], rest
-    return logging.INFO, text
+    return logging.DEBUG, text
 
 
 def _log_line(line: str) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "remove_stale_sockets",
     "serving_pid",
     "socket_name",
+    "tidy_up",
 ]
 
 ANSWER_SECONDS = 5.0
@@ -98,6 +99,14 @@ def remove_stale_sockets(folder: str) -> None:
         if name.endswith(".sock") and _is_stale(path):
             with suppress(FileNotFoundError):  # another vfsmount may be tidying up as well
                 os.unlink(path)
+
+
+def tidy_up() -> None:
+    """Remove what killed processes of ours left behind, wherever that may be."""
+    for folder in folders(os.geteuid()):
+        with suppress(OSError):
+            _check_folder(folder, os.geteuid())
+            remove_stale_sockets(folder)
 
 
 def _is_stale(path: str) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+import select
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyfuse3
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from vfsmount.client.options import MountSettings
 
-__all__ = ["mounted"]
+__all__ = ["KernelMount", "mounted"]
 
 CURES = (
     ("user_allow_other", "leave out allow_other, or let root set it"),
@@ -33,13 +34,37 @@ CURES = (
 )
 """Advice by a word of libfuse's message."""
 
+FUSE_RDEV = os.makedev(10, 229)
+"""Device number of /dev/fuse (linux/miscdevice.h, FUSE_MINOR)."""
+
 logger = logging.getLogger(__name__)
+
+
+class KernelMount(NamedTuple):
+    """A mount of ours.
+
+    Attributes:
+        entry: As the mount table has it.
+        device: The open /dev/fuse; libfuse owns it.
+    """
+
+    entry: MountEntry
+    device: int
+
+    def is_connected(self) -> bool:
+        """Whether requests can still come: False after the last unmount and after an abort.
+
+        The loop of pyfuse3 sees that too, but then waits for requests that are with the daemon.
+        """
+        watch = select.poll()
+        watch.register(self.device, 0)
+        return not watch.poll(0)
 
 
 @contextmanager
 def mounted(
     operations: pyfuse3.Operations, settings: MountSettings, path: str
-) -> Iterator[MountEntry]:
+) -> Iterator[KernelMount]:
     """Mount at ``path``; afterwards neither the mount nor the connection is left.
 
     Args:
@@ -48,18 +73,20 @@ def mounted(
         path: The mount point, resolved.
 
     Yields:
-        The mount's entry in the mount table.
+        The mount.
 
     Raises:
         MountError: The kernel or fusermount3 refused, in their words.
     """
+    others = _fuse_devices()
     _initialise(operations, set(settings.libfuse_options(as_root=is_root())), path)
     entry: MountEntry | None = None
     try:
         entry = locate(path)[1]
         if entry is None:
             raise MountError(f"{path} was unmounted as soon as it was mounted")
-        yield entry
+        (device,) = _fuse_devices() - others
+        yield KernelMount(entry, device)
     finally:
         if entry is not None and is_mounted(path, entry.device):
             _detach_quietly(path)
@@ -80,6 +107,17 @@ def _initialise(operations: pyfuse3.Operations, options: set[str], path: str) ->
         raise MountError(f"cannot mount on {path}: {text or failure}", cure) from failure
     if text:
         logger.warning("%s", text)
+
+
+def _fuse_devices() -> set[int]:
+    # pyfuse3 does not tell its descriptor. By number, as the name depends on who opened it where.
+    return {fd for fd in map(int, os.listdir("/proc/self/fd")) if _rdev(fd) == FUSE_RDEV}
+
+
+def _rdev(descriptor: int) -> int:
+    with suppress(OSError):  # the one that listed the directory is gone
+        return os.fstat(descriptor).st_rdev
+    return 0
 
 
 def _detach_quietly(path: str) -> None:

@@ -1,10 +1,10 @@
-"""The life of one mount: check, connect, mount, serve, end; and what ends it.
+"""The life of one mount: connect, mount, serve, end; and what ends it.
 
-Theory of operation. Everything that can be wrong without side effects is checked first. Then, each
-step inside the one before, so that leaving them in reverse leaves nothing behind:
+Theory of operation. Each step happens inside the one before, so that leaving them in reverse leaves
+nothing behind (``launch`` has the steps before these):
 
     bundled daemon (only --source) > session with the daemon > its root is listed >
-    kernel mount > control socket > ready is announced > pyfuse3's loop runs
+    kernel mount > control socket > ready is announced > the engine runs
 
 What ends the loop:
     umount by anybody        the kernel closes the connection; exit status 0
@@ -27,30 +27,26 @@ import os
 import signal
 import subprocess
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import pyfuse3
 import trio
 
 from vfsmount.cache.policy import CachePolicy
 from vfsmount.channel import ChannelOptions
-from vfsmount.client.background import Announcer, check_targets, go_to_background, sd_notify
-from vfsmount.client.bundled import BundledDaemon, bundled_daemon
+from vfsmount.client.background import sd_notify
 from vfsmount.client.causes import cause_of
 from vfsmount.client.control_server import Command, control_socket
-from vfsmount.client.kernel import mounted
+from vfsmount.client.engine import Engine, choose_engine
+from vfsmount.client.kernel import KernelMount, mounted
 from vfsmount.client.mountpoint import (
     FUSE_DEVICE,
     abort_connection,
-    check_fuse_available,
-    check_mountpoint,
     describe_holders,
     detach,
     is_mounted,
     unmount,
 )
-from vfsmount.client.operations import VirtioFsOperations
 from vfsmount.client.report import status_document
 from vfsmount.client.session import Session, connect
 from vfsmount.errors import (
@@ -60,7 +56,6 @@ from vfsmount.errors import (
     HandshakeError,
     MountError,
     RemoteErrno,
-    UsageError,
     VfsmountError,
 )
 from vfsmount.wire.fuse import ROOT_ID, InitFlag
@@ -68,10 +63,12 @@ from vfsmount.wire.fuse import ROOT_ID, InitFlag
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from vfsmount.client.background import Announcer
+    from vfsmount.client.bundled import BundledDaemon
     from vfsmount.client.mountinfo import MountEntry
     from vfsmount.client.options import MountSettings
 
-__all__ = ["run_mount"]
+__all__ = ["serve_mount"]
 
 ROOT_SECONDS = 10.0
 """How long a daemon may take to list its root, as long as each step of the handshake."""
@@ -79,57 +76,29 @@ FLUSH_SECONDS = 10.0
 """How long the end waits for dirty pages of files that are still open."""
 GRACE_SECONDS = 5.0
 """How long the end waits for requests that are already with the daemon."""
+WATCH_SECONDS = 5.0
+"""Between two looks for a connection that has ended while requests hang."""
 LISTING_BYTES = 4096
 
 logger = logging.getLogger(__name__)
 channel_log = logging.getLogger("vfsmount.channel")
 
 
-def run_mount(settings: MountSettings) -> int:
-    """Mount, serve until the end, and return the exit status.
+def serve_mount(
+    settings: MountSettings, path: str, announcer: Announcer, daemon: BundledDaemon | None
+) -> int:
+    """Connect, mount, serve until the end, and return the exit status.
 
-    With ``settings.daemonize`` the caller's process leaves inside here (SystemExit), and the
-    function goes on in a child.
+    Args:
+        settings: What is asked for, checked by ``launch``.
+        path: The mount point, resolved.
+        announcer: Who is told of readiness.
+        daemon: The daemon of ``--source``, running; ours to connect, not to stop.
 
     Raises:
         VfsmountError: The mount never became usable; nothing is left behind.
     """
-    path = _check(settings)
-    parent = go_to_background() if settings.daemonize else None
-    announcer = Announcer(settings, parent)
-    daemon: AbstractContextManager[BundledDaemon | None] = nullcontext()
-    if settings.source is not None:
-        daemon = bundled_daemon(settings.source, settings.log_level)
-    try:
-        with daemon as running:
-            return trio.run(_Mount(settings, path, announcer, running).run)
-    finally:
-        announcer.close()
-
-
-def _check(settings: MountSettings) -> str:
-    """Refuse what cannot work before anything is started; returns the resolved mount point."""
-    if settings.cpus is not None:
-        _pin(settings.cpus)
-    if settings.source is not None and not os.path.isdir(settings.source):
-        what = "is not a directory" if os.path.exists(settings.source) else "does not exist"
-        raise UsageError(f"--source {settings.source} {what}")
-    check_targets(settings)
-    path = check_mountpoint(settings.mountpoint)
-    if settings.source is not None and os.path.realpath(settings.source) == path:
-        raise UsageError(f"--source and mount point are the same directory, {path}")
-    check_fuse_available()
-    return path
-
-
-def _pin(cpus: frozenset[int]) -> None:
-    with suppress(OSError, OverflowError):
-        os.sched_setaffinity(0, cpus)
-    missing = sorted(cpus - os.sched_getaffinity(0))
-    if missing:
-        here = ",".join(str(cpu) for cpu in sorted(os.sched_getaffinity(0)))
-        named = ", ".join(map(str, missing))
-        raise UsageError(f"--cpus: there is no CPU {named} to run on", f"there is: {here}")
+    return trio.run(_Mount(settings, path, announcer, daemon).run)
 
 
 class _Mount:
@@ -149,12 +118,17 @@ class _Mount:
         self.path = path
         self.policy = CachePolicy.for_mode(settings.cache, settings.timeout, settings.writeback)
         self.entry: MountEntry | None = None
+        self.engine: Engine | None = None
         self.lost: VfsmountError | None = None
         self.started = time.monotonic()
         self._announcer = announcer
         self._daemon = daemon
         self._ready = False
-        self._whole = trio.CancelScope()
+        self._has_session = False
+        # Cancelled by the second signal: the former until there is a session, which must not be
+        # cancelled but ended; the latter from then on.
+        self._connecting = trio.CancelScope()
+        self._mounting = trio.CancelScope()
         self._serving = trio.CancelScope()
 
     @property
@@ -178,7 +152,7 @@ class _Mount:
                 async with trio.open_nursery() as nursery:
                     self._nursery = nursery
                     nursery.start_soon(self._heed, received)
-                    with self._whole:
+                    with self._connecting:
                         await self._connected()
                     nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
@@ -187,6 +161,7 @@ class _Mount:
             channel_log.setLevel(logging.NOTSET)
         if not self._ready:
             raise MountError("ended by a signal before the mount was ready")
+        logger.info("%s is unmounted", self.path)
         return ExitCode.DAEMON_LOST if self.lost else ExitCode.OK
 
     def _cause(self, error: BaseException) -> BaseException:
@@ -206,26 +181,32 @@ class _Mount:
             options=_channel_options(self.settings),
             extra_flags=extra,
         ) as session:
-            await _list_root(session)
-            await self._mounted(session)
+            with self._mounting:
+                self._has_session = True
+                await _list_root(session)
+                await self._mounted(session)
 
     async def _mounted(self, session: Session) -> None:
-        operations = VirtioFsOperations(session, self.policy)
-        with mounted(operations, self.settings, self.path) as self.entry:
+        self.engine = choose_engine(self.settings.engine, session, self.policy)
+        with mounted(self.engine.operations, self.settings, self.path) as kernel:
+            self.entry = kernel.entry
             try:
-                commands = {"status": self._status_command(session)}
+                await self.engine.start(kernel.device)
+                commands = {"status": self._status_command(session), "abort": self._abort_command}
                 async with control_socket(self.entry.device, commands):
-                    await self._serve(session)
+                    await self._serve(session, kernel)
             finally:
                 self.entry = None
 
-    async def _serve(self, session: Session) -> None:
+    async def _serve(self, session: Session, kernel: KernelMount) -> None:
+        assert self.engine is not None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._announce)
             nursery.start_soon(self._watch_channel, session)
+            nursery.start_soon(self._watch_kernel, kernel)
             with self._serving:
                 try:
-                    await pyfuse3.main()
+                    await self.engine.run()
                 except OSError as error:
                     raise MountError(f"{FUSE_DEVICE} failed: {error.strerror}") from error
             nursery.cancel_scope.cancel()
@@ -234,18 +215,23 @@ class _Mount:
         # One turn of the loop, in which pyfuse3 starts; the kernel's INIT is waiting already, and
         # requests of early users wait behind it.
         await trio.lowlevel.checkpoint()
+        self._announcer.ready()  # in the background the log leaves the terminal with this
+        self._ready = True
         channel_log.setLevel(logging.NOTSET)
         if self._daemon is not None:
             self._daemon.started()
         logger.info("%s is mounted on %s", self.settings.origin, self.path)
-        self._announcer.ready()
-        self._ready = True
 
     def _status_command(self, session: Session) -> Command:
         async def status(request: dict[str, Any]) -> dict[str, Any]:
             return status_document(self, session)
 
         return status
+
+    async def _abort_command(self, request: dict[str, Any]) -> dict[str, Any]:
+        logger.info("asked to abort")
+        self._abort()
+        return {}
 
     # --- what ends it ---
 
@@ -260,6 +246,13 @@ class _Mount:
         how = f" (its process ended with {ended})" if ended else ""
         logger.warning("the daemon is lost%s: %s gives errors until unmounted", how, self.path)
 
+    async def _watch_kernel(self, kernel: KernelMount) -> None:
+        """Let go of requests that a mute daemon holds when nobody can wait for them any more."""
+        # There is nothing to wait for: the device is readable and writable all the time.
+        while kernel.is_connected():  # noqa: ASYNC110
+            await trio.sleep(WATCH_SECONDS)
+        self._serving.deadline = trio.current_time() + GRACE_SECONDS
+
     async def _heed(self, received: AsyncIterator[int]) -> None:
         """First signal: end gently. Any further one: end at once."""
         count = 0
@@ -272,9 +265,15 @@ class _Mount:
                 if self.entry is not None:  # else it is unmounted already, and flushing
                     self._nursery.start_soon(self._end_gently, self.entry)
                 continue
-            if self.entry is not None:
-                abort_connection(self.entry)
-            self._whole.cancel()
+            self._abort()
+
+    def _abort(self) -> None:
+        """End at once: pending requests fail, what is not with the host is lost."""
+        if self.entry is not None:
+            abort_connection(self.entry)
+        if self._daemon is not None:
+            self._daemon.abort()
+        (self._mounting if self._has_session else self._connecting).cancel()
 
     async def _end_gently(self, entry: MountEntry) -> None:
         if is_mounted(self.path, entry.device):
@@ -284,8 +283,8 @@ class _Mount:
                 await self._cut_off(error)
         # Requests on their way may finish; a daemon that answers nothing must not hold us.
         self._serving.deadline = trio.current_time() + GRACE_SECONDS
-        if self.entry is not None:
-            pyfuse3.terminate()
+        if self.entry is not None and self.engine is not None:
+            self.engine.terminate()
 
     async def _cut_off(self, error: OSError) -> None:
         if error.errno == errno.EBUSY:
@@ -346,6 +345,9 @@ async def _list_root(session: Session) -> None:
 
 
 def _channel_options(settings: MountSettings) -> ChannelOptions:
-    given = {"shm_file": settings.shm_file, "request_timeout": settings.request_timeout}
-    given |= {"queue_size": settings.queue_size, "poll_us": settings.poll_us}
-    return ChannelOptions(**{name: value for name, value in given.items() if value is not None})
+    options = ChannelOptions(shm_file=settings.shm_file, request_timeout=settings.request_timeout)
+    if settings.queue_size is not None:
+        options = replace(options, queue_size=settings.queue_size)
+    if settings.poll_us is not None:
+        options = replace(options, poll_us=settings.poll_us)
+    return options

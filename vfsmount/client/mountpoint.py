@@ -103,6 +103,9 @@ def check_fuse_available() -> None:
     if not os.path.exists(FUSE_DEVICE):
         cure = "load it with 'modprobe fuse'; a container must be given it: --device /dev/fuse"
         raise MountError(f"{FUSE_DEVICE} does not exist", cure)
+    if not os.access(FUSE_DEVICE, os.R_OK | os.W_OK):
+        cure = f"root can allow it: chmod 666 {FUSE_DEVICE}"
+        raise MountError(f"{FUSE_DEVICE} may not be opened by this user", cure)
     if not is_root() and fusermount() is None:
         cure = "install the package fuse3, or run as root"
         raise MountError("fusermount3 is not installed, and only root can mount without it", cure)

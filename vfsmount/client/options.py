@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CACHE_MODES",
+    "ENGINES",
     "LOG_LEVELS",
     "MOUNT_GROUPS",
     "MountSettings",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 CACHE_MODES = ("none", "auto", "always")
+ENGINES = ("auto", "relay", "pyfuse3")
 LOG_LEVELS = ("error", "warning", "info", "debug")
 MAX_QUEUE_SIZE = 32768
 """Entries; the split ring's own limit (virtio 1.3, "Split Virtqueues")."""
@@ -188,6 +190,13 @@ MOUNT_GROUPS = (
                 "N",
                 integer(0, 1 << 20),
             ),
+            Option(
+                "engine",
+                "relay: hand the kernel's requests on as they are; pyfuse3: decode\n"
+                "them here; auto: relay where it can run (default pyfuse3)",
+                "NAME",
+                one_of(ENGINES),
+            ),
             Option("cpus", "run on these CPUs only, daemon of --source included", "LIST", cpu_list),
             Option(
                 "log-level",
@@ -256,6 +265,7 @@ class MountSettings:
     daemonize: bool = False
     pid_file: str | None = None
     ready_fd: int | None = None
+    engine: str = "pyfuse3"
     cpus: frozenset[int] | None = None
     log_level: str = "info"
     log_file: str | None = None
@@ -268,6 +278,11 @@ class MountSettings:
     def origin(self) -> str:
         """What is mounted, for messages and for the mount table."""
         return self.socket or self.source or ""
+
+    @property
+    def readonly(self) -> bool:
+        """Whether nothing may be changed through this mount."""
+        return "ro" in self.kernel_flags
 
     def libfuse_options(self, *, as_root: bool) -> list[str]:
         """Return the ``-o`` words for libfuse.
@@ -344,7 +359,7 @@ def _settings(values: dict[str, Any], mountpoint: str, as_helper: bool) -> Mount
     # fmt: off
     plain = (
         "cache", "timeout", "writeback", "allow_other", "fsname", "subtype", "ready-fd",
-        "cpus", "log-level", "request-timeout", "queue-size", "poll-us",
+        "cpus", "engine", "log-level", "request-timeout", "queue-size", "poll-us",
     )
     # fmt: on
     if values.get("debug"):

@@ -11,7 +11,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vfsmount.client.arguments import package_version
+from vfsmount import __version__
 from vfsmount.client.mountpoint import is_root
 from vfsmount.wire.fuse import InitFlag, opcode_name
 from vfsmount.wire.vhost_user import ProtocolFeature, VirtioFeature, feature_names
@@ -20,14 +20,13 @@ if TYPE_CHECKING:
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.channel import Channel
     from vfsmount.channel.statistics import ChannelStatistics, InFlightRequest
+    from vfsmount.client.engine import Engine
     from vfsmount.client.mountinfo import MountEntry
     from vfsmount.client.options import MountSettings
     from vfsmount.client.session import InitFacts, Session
     from vfsmount.errors import VfsmountError
 
 __all__ = ["cache_facts", "daemon_facts", "status_document", "traffic"]
-
-ENGINE = "pyfuse3"
 
 
 class Mount(Protocol):
@@ -37,6 +36,7 @@ class Mount(Protocol):
     path: str
     policy: CachePolicy
     entry: MountEntry | None
+    engine: Engine | None
     lost: VfsmountError | None
     started: float
 
@@ -48,7 +48,7 @@ class Mount(Protocol):
 def status_document(mount: Mount, session: Session) -> dict[str, Any]:
     """Return all that ``vfsmount status`` shows; quick, and without touching the mount."""
     return {
-        "version": package_version(),
+        "version": __version__,
         "pid": os.getpid(),
         "mountpoint": mount.path,
         "device": mount.entry.device if mount.entry is not None else None,
@@ -57,7 +57,8 @@ def status_document(mount: Mount, session: Session) -> dict[str, Any]:
             "source": mount.settings.source,
             "daemon_pid": mount.daemon_pid,
         },
-        "engine": ENGINE,
+        "engine": mount.engine.name if mount.engine is not None else None,
+        "engine_reason": mount.engine.reason if mount.engine is not None else None,
         "state": "serving" if mount.lost is None else "daemon lost",
         "lost": None if mount.lost is None else str(mount.lost),
         "uptime_s": round(time.monotonic() - mount.started, 3),

@@ -36,7 +36,7 @@ def format_status(status: Mapping[str, Any]) -> str:
     lines += _line("state", f"{status['state']} for {format_duration(status['uptime_s'])}")
     if status["lost"]:
         lines += _line("lost", status["lost"])
-    lines += _line("engine", f"{status['engine']}, vfsmount {status['version']}")
+    lines += _line("engine", _engine(status))
     lines += _line("process", _processes(status))
     lines += _line("options", ", ".join(status["options"]) or "none")
     lines += _line("cache", _cache(status["cache"]))
@@ -57,6 +57,12 @@ def _line(label: str, text: str) -> list[str]:
     first, *rest = textwrap.wrap(text, WIDTH - LABEL, break_long_words=False) or [""]
     indent = " " * LABEL
     return [f"  {label:<{LABEL - 2}}{first}".rstrip(), *(indent + line for line in rest)]
+
+
+def _engine(status: Mapping[str, Any]) -> str:
+    reason = status.get("engine_reason")
+    named = f"{status['engine']} ({reason})" if reason else status["engine"]
+    return f"{named}, vfsmount {status['version']}"
 
 
 def _processes(status: Mapping[str, Any]) -> str:

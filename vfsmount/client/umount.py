@@ -11,8 +11,9 @@ import errno
 import os
 import select
 import signal
+from contextlib import suppress
 
-from vfsmount.client.control import serving_pid
+from vfsmount.client.control import ask, serving_pid, tidy_up
 from vfsmount.client.mountinfo import MountEntry, locate
 from vfsmount.client.mountpoint import (
     abort_connection,
@@ -28,6 +29,7 @@ __all__ = ["run_umount"]
 WAIT_SECONDS = 60.0
 """For the flush after an unmount; a slow host with much to write needs some of it."""
 FORCE_SECONDS = 5.0
+"""For the end after an abort, when nothing is left to be saved."""
 
 
 def run_umount(path: str, *, lazy: bool = False, force: bool = False) -> None:
@@ -52,12 +54,13 @@ def run_umount(path: str, *, lazy: bool = False, force: bool = False) -> None:
             _take_off(resolved, lazy=True)
         else:
             _take_off(resolved, lazy=pid is None)
-        if not lazy and not _ended(process, FORCE_SECONDS if force else WAIT_SECONDS):
+        if not lazy and not force and not _ended(process, WAIT_SECONDS):
             cure = f"look at its log; to end it now: kill -9 {pid}"
             raise MountError(f"{path} is unmounted, but process {pid} is still flushing", cure)
     finally:
         if process is not None:
             os.close(process)
+        tidy_up()
 
 
 def _checked(path: str, entry: MountEntry | None) -> MountEntry:
@@ -93,11 +96,14 @@ def _refusal(path: str, error: OSError) -> MountError:
 
 
 def _break_off(path: str, entry: MountEntry, process: int | None) -> None:
-    """Abort the connection, by the death of the process if the kernel gives no other way."""
-    if not abort_connection(entry) and process is not None:
+    """Abort the connection, and end the process by itself if it can, else by SIGKILL."""
+    with suppress(MountError):  # it may be gone or stopped
+        ask(entry, "abort")
+    if is_mounted(path, entry.device):
+        abort_connection(entry)
+    if process is not None and not _ended(process, FORCE_SECONDS):
         signal.pidfd_send_signal(process, signal.SIGKILL)
         _ended(process, FORCE_SECONDS)
-    # The process, if it lives, sees the end of its connection and unmounts as well.
     try:
         if is_mounted(path, entry.device):
             detach(path)

@@ -1,0 +1,224 @@
+"""The two ways to serve a mount, behind one face: who answers the kernel's requests.
+
+    relay     one thread hands messages on as they are; every opcode works; the default
+    pyfuse3   pyfuse3 decodes them and calls ``operations``; a file system in Python
+
+Both have the same life: made before the mount (``operations`` is what ``pyfuse3.init`` gets), then
+``start`` with the mounted device, ``run`` until the connection ends, ``terminate`` to end it sooner.
+``run`` may be cancelled at any time; it leaves nothing running.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+import pyfuse3
+import trio
+
+from vfsmount.client.operations import VirtioFsOperations
+from vfsmount.client.relay import Relay
+from vfsmount.client.relay_rewrite import flags_to_withdraw, init_answer
+from vfsmount.errors import MountError, WireError
+from vfsmount.wire import fuse
+from vfsmount.wire.fuse import InitFlag, Opcode
+
+if TYPE_CHECKING:
+    from vfsmount.cache.policy import CachePolicy
+    from vfsmount.client.session import Session
+    from vfsmount.errors import ProtocolViolation
+
+__all__ = ["Engine", "Pyfuse3Engine", "RelayEngine", "choose_engine"]
+
+#: Seconds for the kernel to send INIT, which it does when the mount is made.
+_INIT_SECONDS = 10.0
+#: Largest INIT that is known, and the least that a read of the device must ask for.
+_INIT_ROOM = 8192
+#: Seconds after which a thread that was told to end at once is given up; it is never that long.
+_END_SECONDS = 2.0
+
+
+class Engine(Protocol):
+    """What serves a mount.
+
+    Attributes:
+        name: As ``--engine`` and ``status`` call it.
+        reason: Why it is this one.
+        operations: For ``pyfuse3.init``.
+    """
+
+    name: str
+    reason: str
+    operations: pyfuse3.Operations
+
+    async def start(self, device: int) -> None:
+        """Answer the kernel's INIT, if that is not done elsewhere.
+
+        Raises:
+            MountError: The kernel and we do not agree.
+        """
+
+    async def run(self) -> None:
+        """Serve until the connection ends.
+
+        Raises:
+            OSError: The device failed.
+        """
+
+    def terminate(self) -> None:
+        """Make ``run`` return when what is in flight has been answered."""
+
+    def kernel_flags(self) -> InitFlag | None:
+        """What the kernel was told in INIT; None when somebody else did that."""
+
+    def refused(self) -> int:
+        """Replies that the kernel would not take."""
+
+
+class Pyfuse3Engine:
+    """Handlers in Python, called by pyfuse3's loop."""
+
+    name = "pyfuse3"
+
+    def __init__(self, session: Session, policy: CachePolicy, reason: str) -> None:
+        self.reason = reason
+        self.operations: pyfuse3.Operations = VirtioFsOperations(session, policy)
+
+    async def start(self, device: int) -> None:
+        """Nothing to do: libfuse answers INIT."""
+
+    async def run(self) -> None:
+        """Run pyfuse3's loop."""
+        await pyfuse3.main()
+
+    def terminate(self) -> None:
+        """End pyfuse3's loop."""
+        pyfuse3.terminate()
+
+    def kernel_flags(self) -> InitFlag | None:
+        """Libfuse does not tell."""
+        return None
+
+    def refused(self) -> int:
+        """Libfuse keeps them to itself."""
+        return 0
+
+
+class RelayEngine:
+    """The relay's thread, and what the event loop does for it."""
+
+    name = "relay"
+
+    def __init__(self, session: Session, policy: CachePolicy, reason: str) -> None:
+        self.reason = reason
+        self.operations = pyfuse3.Operations()
+        self._session = session
+        self._policy = policy
+        self._flags = InitFlag(0)
+        self._relay: Relay | None = None
+        self._failure: BaseException | None = None
+        self._device = -1
+
+    async def start(self, device: int) -> None:
+        """Answer INIT; where the kernel lacks what the daemon accepted, begin anew with that.
+
+        Raises:
+            MountError: The kernel sends none, or one that is too old.
+        """
+        self._device = device
+        with trio.move_on_after(_INIT_SECONDS):
+            await trio.lowlevel.wait_readable(device)
+        os.set_blocking(device, False)
+        try:
+            request = fuse.decode_request(os.read(device, _INIT_ROOM))
+        except (OSError, WireError) as error:
+            raise MountError(f"the kernel sent no usable INIT: {error}") from error
+        if request.header.opcode != Opcode.INIT or request.args.major != fuse.KERNEL_VERSION:
+            raise MountError("the kernel speaks another FUSE than version 7")
+        offered = fuse.join_flags(request.args.flags, request.args.flags2)
+        missing = flags_to_withdraw(offered, self._session.facts)
+        if missing:
+            await self._session.begin_again(without=missing)
+        answer = init_answer(request.args, self._session.facts, self._policy)
+        self._flags = fuse.join_flags(answer.flags, answer.flags2)
+        body = fuse.INIT_OUT.pack(answer)
+        header = fuse.OUT_HEADER.values(fuse.OUT_HEADER.size + len(body), 0, request.header.unique)
+        os.write(device, header + body)
+
+    async def run(self) -> None:
+        """Lend the queues to the relay's thread until the connection ends.
+
+        Raises:
+            OSError: The device failed.
+            VfsmountError: The channel had failed before.
+        """
+        channel, token = self._session.channel, trio.lowlevel.current_trio_token()
+        loan = await channel.lend(lambda error: self._relay and self._relay.fail(error))
+
+        def violated(violation: ProtocolViolation) -> None:
+            token.run_sync_soon(channel.fail, violation)
+
+        facts = self._session.facts
+        largest = max(facts.max_write, facts.max_read)
+        clears = bool(facts.flags & (InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2))
+        self._relay = relay = Relay(self._device, loan, self._policy, largest, clears, violated)
+        ended = trio.Event()
+        # A thread of our own, and a daemon one: if the worst comes to the worst, the process ends.
+        threading.Thread(
+            target=self._run_thread, args=(relay, token, ended), name="relay", daemon=True
+        ).start()
+        try:
+            await ended.wait()
+        finally:
+            relay.abort()
+            with trio.move_on_after(_END_SECONDS, shield=True):
+                await ended.wait()
+                channel.end_loan()
+                relay.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run_thread(self, relay: Relay, token: trio.lowlevel.TrioToken, ended: trio.Event) -> None:
+        try:
+            relay.run()
+        except BaseException as error:  # noqa: BLE001  # top of a thread: told to the event loop
+            self._failure = error
+        token.run_sync_soon(ended.set)
+
+    def terminate(self) -> None:
+        """Have the thread end when what is in flight has been answered."""
+        if self._relay is not None:
+            self._relay.stop()
+
+    def kernel_flags(self) -> InitFlag | None:
+        """What the kernel was told in INIT."""
+        return self._flags
+
+    def refused(self) -> int:
+        """Replies that the kernel would not take."""
+        return 0 if self._relay is None else self._relay.refused
+
+
+def choose_engine(wanted: str, session: Session, policy: CachePolicy) -> Engine:
+    """Return the engine for a mount.
+
+    Args:
+        wanted: ``relay``, ``pyfuse3`` or ``auto``.
+        session: The session with the daemon.
+        policy: The cache policy.
+    """
+    if wanted == "pyfuse3":
+        return Pyfuse3Engine(session, policy, "as asked for")
+    if wanted == "relay":
+        return RelayEngine(session, policy, "as asked for")
+    if problem := _relay_problem(session):
+        return Pyfuse3Engine(session, policy, f"relay cannot run: {problem}")
+    return RelayEngine(session, policy, "the default")
+
+
+def _relay_problem(session: Session) -> str:
+    """Why the relay cannot run here; empty when it can."""
+    if session.channel.queue_size < 8:
+        return f"a queue of {session.channel.queue_size} entries is too small for it"
+    return ""

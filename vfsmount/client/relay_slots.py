@@ -1,0 +1,165 @@
+"""Where the relay's requests lie: slots of shared memory, each for one message and its reply.
+
+A read(2) of ``/dev/fuse`` wants room for the largest request, whatever comes. So every slot has
+addresses for that, and memory only for what was really used:
+
+    0         reply of up to 3.8 KiB: nearly all opcodes touch this one page only
+    3984      indirect descriptor table, 32 bytes
+    4016      the request. A WRITE's header and struct take 80 bytes, so its data begin on a page,
+              which makes the kernel's copy of 1 MiB 8 % faster
+    8176      or above: a larger reply, with its data on a page
+
+Slots are handed out last in, first out: under a steady load the same few pages go round. What a
+burst of large messages has touched is given back when there is time (``trim``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from vfsmount.channel.arena import MAX_BLOCK
+from vfsmount.channel.inflight import Pending
+from vfsmount.wire import fuse
+
+if TYPE_CHECKING:
+    from vfsmount.channel.loan import Loan
+
+__all__ = ["Slot", "SlotPool"]
+
+_PAGE: Final = 4096
+_OUT: Final = fuse.OUT_HEADER.size
+#: Offset of the request in its slot.
+_REQUEST: Final = _PAGE - fuse.IN_HEADER.size - fuse.WRITE_IN.size
+#: Bytes of reply, header included, that fit before the descriptor table.
+SMALL_REPLY: Final = _REQUEST - 32
+#: Slots are laid out in units of this many bytes; what is above the largest message is room for an
+#: IOCTL, which may have up to 16 KiB in both directions.
+_UNIT: Final = 64 << 10
+#: Touched beyond this, a slot is worth trimming.
+_SMALL_USE: Final = 4 * _PAGE
+
+
+class Slot(Pending):
+    """Memory for one request, and the request that is in it now.
+
+    Attributes:
+        base: Offset of its memory; ``at`` is where the request begins.
+        size: Bytes of the request.
+        small: ``data_at`` of a small reply.
+        end: Offset behind its memory.
+        view: What the device is read into.
+        touched: Offset behind the last byte used since the last trim.
+        is_capability: The request is a GETXATTR of security.capability.
+        answers: ``unique`` that the kernel waits for; another than the device's only for a wait
+            for a lock that was interrupted and asked for again.
+    """
+
+    __slots__ = (
+        "answers",
+        "at",
+        "base",
+        "end",
+        "is_capability",
+        "size",
+        "small",
+        "touched",
+        "view",
+    )
+
+    def __init__(self, base: int, size: int, view: memoryview) -> None:
+        super().__init__(0, 0, b"", None, 0, 0, 0, 0, 0, None)
+        self.base = base
+        self.at = base + _REQUEST
+        self.small = base + _OUT
+        self.end = base + size
+        self.view = view
+        self.touched = 0
+        self.is_capability = False
+        self.size = 0
+        self.answers = 0
+
+    def make_room(self, size: int, room: int) -> bool:
+        """Say where the reply goes; False when it cannot be that long.
+
+        Args:
+            size: Bytes of the request.
+            room: Bytes of the reply, header included.
+        """
+        self.writable = room
+        if room <= SMALL_REPLY:
+            self.data_at = self.small
+            return True
+        self.data_at = (self.at + size + _OUT + _PAGE - 1) & -_PAGE
+        top = self.data_at + room
+        if top > self.touched:
+            self.touched = top
+        return top <= self.end
+
+
+class SlotPool:
+    """All slots of a relay.
+
+    Args:
+        loan: Where the memory comes from.
+        largest: Bytes of the largest message in either direction, header included.
+        limit: Most slots.
+
+    Attributes:
+        count: Slots made so far.
+    """
+
+    def __init__(self, loan: Loan, largest: int, limit: int) -> None:
+        self.count = 0
+        self._memory = loan.memory
+        self._arena = loan.arena
+        self._largest = largest
+        self._size = -(-(2 * _PAGE + largest) // _UNIT) * _UNIT
+        self._limit = limit
+        self._blocks: list[int] = []
+        self._free: list[Slot] = []
+
+    def take(self) -> Slot | None:
+        """Return a free slot, or None when all are in use."""
+        if not self._free and not self._make():
+            return None
+        return self._free.pop()
+
+    def put(self, slot: Slot) -> None:
+        """Take a slot back."""
+        self._free.append(slot)
+
+    def _make(self) -> bool:
+        per_block = MAX_BLOCK // self._size
+        number = self.count % per_block
+        if self.count >= self._limit:
+            return False
+        if number == 0:
+            block = self._arena.allocate(MAX_BLOCK)
+            if block < 0:
+                return False
+            self._blocks.append(block)
+        base = self._blocks[-1] + number * self._size
+        start = base + _REQUEST
+        view = self._memory.view[start : start + max(self._largest, 2 * _PAGE)]
+        self._free.append(Slot(base, self._size, view))
+        self.count += 1
+        return True
+
+    def is_bloated(self, limit: int) -> bool:
+        """Whether free slots hold more than ``limit`` bytes that ``trim`` would give back."""
+        large = (slot.touched - slot.base for slot in self._free if slot.touched)
+        return sum(size for size in large if size > _SMALL_USE) > limit
+
+    def trim(self) -> None:
+        """Give the memory of free slots back, but for what small messages use."""
+        for slot in self._free:
+            start = slot.base + _SMALL_USE
+            if slot.touched > start:
+                self._memory.punch(start, -(-(slot.touched - start) // _PAGE) * _PAGE)
+                slot.touched = 0
+
+    def close(self) -> None:
+        """Let go of the memory; slots that are in use keep theirs until the arena goes."""
+        for slot in self._free:
+            slot.view.release()
+        self._free.clear()
