@@ -85,7 +85,7 @@ def _passthroughfs(stage: Stage) -> Iterator[list[str]]:
     yield [sys.executable, str(passthroughfs()), str(stage.source), str(stage.mountpoint)]
 
 
-def _vfsmount(kind: str) -> Subject:
+def _vfsmount(kind: str, engine: str = "auto") -> Subject:
     def prepare() -> None:
         if problem := daemon_problem(kind):
             raise Unavailable(problem)
@@ -97,12 +97,14 @@ def _vfsmount(kind: str) -> Subject:
         with start_daemon(kind, stage.source, cache=stage.cache, xattr=False) as daemon:
             words = [sys.executable, "-m", "vfsmount", str(stage.mountpoint)]
             words += ["--socket", str(daemon.socket), "--cache", stage.cache, "-f"]
+            words += ["--engine", engine]
             yield words + (["--cpus", str(stage.cpu)] if stage.cpu is not None else [])
 
     origin = {"c": "QEMU's C virtiofsd", "rust": "Rust virtiofsd", "bundled": "the bundled daemon"}
-    return Subject(
-        f"vfsmount-{kind}", f"vfsmount over {origin[kind]}", prepare, command, churn=True
-    )
+    name, what = f"vfsmount-{kind}", f"vfsmount over {origin[kind]}"
+    if engine != "auto":
+        name, what = f"{name}-{engine}", f"{what}, {engine} engine"
+    return Subject(name, what, prepare, command, churn=True)
 
 
 SUBJECTS: dict[str, Subject] = {
@@ -125,5 +127,6 @@ SUBJECTS: dict[str, Subject] = {
         _vfsmount("c"),
         _vfsmount("rust"),
         _vfsmount("bundled"),
+        _vfsmount("rust", "pyfuse3"),
     )
 }

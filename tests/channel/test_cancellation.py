@@ -264,7 +264,7 @@ async def test_nothing_wakes_up_when_nothing_is_in_flight() -> None:
         count = 0
 
         def before_task_step(self, task: trio.lowlevel.Task) -> None:
-            if task.coro.__name__ in {"look_after", "reap_on_calls", "flush_forgets_in_time"}:
+            if task.coro.__name__ in {"look_after", "reap_on_calls", "send_in_time"}:
                 self.count += 1
 
     hoard = Hoard()

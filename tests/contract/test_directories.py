@@ -76,8 +76,8 @@ def test_a_thousand_entries_of_long_names(twin: Twin) -> None:
 def test_a_hundred_thousand_entries(site: Site, twin: Twin) -> None:
     """All of them; by pyfuse3 as many as the daemon can know at once.
 
-    pyfuse3 lists with READDIRPLUS only, where each name comes with a node, which costs every daemon a
-    descriptor until the kernel forgets it. Where the machine allows fewer, there are fewer names.
+    pyfuse3 lists with READDIRPLUS only, where each name comes with a node, which costs every daemon
+    a descriptor until the kernel forgets it. Where a daemon may have fewer, there are fewer names.
     """
     count = 100_000
     if site.way.startswith("pyfuse3"):

@@ -97,6 +97,18 @@ def test_append_from_two_handles(twin: Twin) -> None:
     assert twin.same(append) == b"start one two three"
 
 
+def test_append_to_a_file_that_grew_behind_us(twin: Twin) -> None:
+    """An append goes to the end that the file has at the host, not to the one that we remember."""
+    for tree, behind in ((twin.host, twin.host), (twin.tree, twin.shared)):
+        put(tree, b"file", b"start ")
+        with tree.open(b"file", os.O_WRONLY | os.O_APPEND) as handle:
+            handle.pwrite(b"one ", 0)
+            with behind.open(b"file", os.O_WRONLY | os.O_APPEND) as other:
+                other.pwrite(b"two ", 0)
+            handle.pwrite(b"three", 0)
+        assert get(behind, b"file") == b"start one two three"
+
+
 # --- reading and writing -------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ class Twin:
 
     Attributes:
         kind: The daemon's.
-        way: How the tree is reached: ``session``, or engine and cache mode of a mount: ``relay-none``.
+        way: How the tree is reached: ``session``, or a mount's engine and cache mode.
         tree: The tree under test.
         host: The directory that it is compared with.
         shared: The host directory that the daemon shares: the tree under test from behind.

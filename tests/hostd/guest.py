@@ -258,7 +258,7 @@ class DirectGuest(Guest):
         self.session.close()
 
 
-class expect_errno:  # noqa: N801  # reads like pytest.raises
+class expect_errno:  # reads like pytest.raises
     """A block that must fail with one of these errors: ``with expect_errno("ENOENT"):``."""
 
     def __init__(self, *names: str) -> None:

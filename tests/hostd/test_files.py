@@ -117,7 +117,7 @@ def test_beyond_4_gib(guest: DirectGuest, file: Path) -> None:
     assert file.stat().st_blocks < 100
 
 
-# --- opening ---------------------------------------------------------------------------------------
+# --- opening --------------------------------------------------------------------------------------
 
 
 def test_only_harmless_flags_reach_the_host(guest: DirectGuest, file: Path) -> None:
@@ -212,7 +212,7 @@ def test_handles_of_files_and_directories_are_different_things(
     guest.releasedir(fh)  # the other open directory
 
 
-# --- creating --------------------------------------------------------------------------------------
+# --- creating -------------------------------------------------------------------------------------
 
 
 def test_create(guest: DirectGuest, folder: Path) -> None:
@@ -274,7 +274,7 @@ def test_tmpfile(guest: DirectGuest, folder: Path) -> None:
     assert (folder / "visible").read_bytes() == b"now you see me"
 
 
-# --- what a handle can do --------------------------------------------------------------------------
+# --- what a handle can do -------------------------------------------------------------------------
 
 
 def test_flush_and_fsync(guest: DirectGuest, file: Path) -> None:
@@ -343,7 +343,7 @@ def test_copy_file_range(guest: DirectGuest, file: Path, opcode: Opcode) -> None
         copy(1, offset=2**63)
 
 
-# --- set-id bits -----------------------------------------------------------------------------------
+# --- set-id bits ----------------------------------------------------------------------------------
 
 
 @as_root
@@ -372,7 +372,7 @@ def test_truncating_open_kills_set_id_bits_when_told(
     assert stat.S_IMODE(file.stat().st_mode) == left
 
 
-# --- ways to share ---------------------------------------------------------------------------------
+# --- ways to share --------------------------------------------------------------------------------
 
 
 def test_write_back_cache_reads_and_appends_by_itself(folder: Path, file: Path) -> None:

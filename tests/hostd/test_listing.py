@@ -70,9 +70,7 @@ def test_every_name_once(guest: DirectGuest, many: list[bytes], size: int) -> No
 
 
 @pytest.mark.parametrize("size", [440, 4096, 65536])
-def test_every_name_once_with_attributes(
-    guest: DirectGuest, many: list[bytes], size: int
-) -> None:
+def test_every_name_once_with_attributes(guest: DirectGuest, many: list[bytes], size: int) -> None:
     assert names(listing_plus(guest, guest.opendir(), size)) == many
 
 
@@ -218,9 +216,8 @@ def test_no_name_is_lost_when_descriptors_run_out(guest: DirectGuest, folder: Pa
         (folder / str(number)).touch()
     fh = guest.opendir()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest_free = os.dup(fh_of_nothing := os.open("/", os.O_PATH))
+    lowest_free = os.open("/", os.O_PATH)
     os.close(lowest_free)
-    os.close(fh_of_nothing)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 10, hard))
     try:
         entries = list(listing_plus(guest, fh))

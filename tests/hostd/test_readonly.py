@@ -14,6 +14,7 @@ from vfsmount.wire import fuse
 from vfsmount.wire.fuse import InitFlag, Opcode
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -37,7 +38,7 @@ def test_no_change_gets_through(guest: DirectGuest, folder: Path) -> None:
     before = (folder / "file").stat()
     copy = fuse.COPY_FILE_RANGE_IN.values(fh, 0, nodeid, fh, 4, 4, 0)
     tmpfile = fuse.CREATE_IN.values(os.O_RDWR, 0o600, 0, 0) + b"/\0"
-    attempts = [
+    attempts: list[Callable[[], object]] = [
         lambda: guest.open(nodeid, os.O_RDWR),
         lambda: guest.open(nodeid, os.O_WRONLY),
         lambda: guest.open(nodeid, os.O_RDONLY | os.O_TRUNC),

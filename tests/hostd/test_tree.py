@@ -12,6 +12,7 @@ from tests.hostd.guest import ROOT, DirectGuest, expect_errno
 from vfsmount.wire.fuse import AttrFlag, Opcode, RenameFlag
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 BAD_NAMES = [b"", b".", b"..", b"a/b", b"/", b"/etc", b"../canary", b"a/", b"..\n/x"]
@@ -70,7 +71,7 @@ def test_names_that_lead_elsewhere_are_refused_everywhere(
     (folder / "a").mkdir()
     (folder / "file").touch()
     nodeid, file = guest.walk("a"), guest.walk("file")
-    attempts = [
+    attempts: list[Callable[[], object]] = [
         lambda: guest.lookup(nodeid, name),
         lambda: guest.mkdir(nodeid, name),
         lambda: guest.mknod(nodeid, name, stat.S_IFREG | 0o644),
@@ -287,7 +288,7 @@ def test_forgetting_more_than_was_looked_up(guest: DirectGuest, folder: Path) ->
 
 @pytest.mark.parametrize("nodeid", [0, 2, 999, 2**63, 2**64 - 1])
 def test_forged_nodeids(guest: DirectGuest, nodeid: int) -> None:
-    attempts = [
+    attempts: list[Callable[[], object]] = [
         lambda: guest.lookup(nodeid, b"x"),
         lambda: guest.getattr(nodeid),
         lambda: guest.setattr(nodeid, 1),

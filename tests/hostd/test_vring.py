@@ -139,7 +139,7 @@ def test_longest_chain(pair: Pair) -> None:
     assert pair.shape() == ([1] * 8, [])
 
 
-# --- returning chains ------------------------------------------------------------------------------
+# --- returning chains -----------------------------------------------------------------------------
 
 
 def test_used_elements(pair: Pair) -> None:
@@ -168,7 +168,7 @@ def test_used_index_goes_on_where_memory_says() -> None:
     assert pair.driver.used_idx == 101
 
 
-# --- notifications ---------------------------------------------------------------------------------
+# --- notifications --------------------------------------------------------------------------------
 
 
 def test_call_when_the_driver_waits_for_the_next_one(pair: Pair) -> None:
@@ -228,7 +228,7 @@ def test_kicks_without_event_idx() -> None:
     assert pair.driver.used_flags == 1
 
 
-# --- drivers that break the rules ------------------------------------------------------------------
+# --- drivers that break the rules -----------------------------------------------------------------
 
 
 def test_loop(pair: Pair) -> None:
@@ -367,7 +367,7 @@ def test_bad_next_in_a_table(pair: Pair, following: int, match: str) -> None:
         pair.device.pop()
 
 
-# --- any driver ------------------------------------------------------------------------------------
+# --- any driver -----------------------------------------------------------------------------------
 
 _indices = st.integers(0, 9)
 _addresses = st.one_of(

@@ -38,9 +38,7 @@ def node(guest: DirectGuest, path: Path) -> int:
 
 @pytest.mark.parametrize("name", [b"user.a", b"user.\xff\xfe", b"user." + b"n" * 250])
 @pytest.mark.parametrize("value", [b"", b"v", b"\0\xff", b"x" * 3000])
-def test_set_and_get(
-    guest: DirectGuest, node: int, path: Path, name: bytes, value: bytes
-) -> None:
+def test_set_and_get(guest: DirectGuest, node: int, path: Path, name: bytes, value: bytes) -> None:
     guest.setxattr(node, name, value)
 
     assert os.getxattr(path, name) == value

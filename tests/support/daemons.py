@@ -45,6 +45,10 @@ C_LOCK_FOLDER = Path("/run/virtiofsd")
 # __SO_ACCEPTON in the flags column of /proc/net/unix: listen() has been called.
 ACCEPTING = 0x10000
 
+# Targets of descriptors that are no files; /dev/shm, where tests like to share folders, has some.
+# Sockets, pipes and the like ("socket:[1]") have no slash.
+NO_FILES = ("/memfd:", "/dev/", "socket:", "pipe:", "anon_inode:")
+
 # The C daemon's and our words for the cache mode, in the Rust daemon's words.
 RUST_CACHE = {"none": "never", "auto": "auto", "always": "always"}
 
@@ -135,7 +139,7 @@ class Daemon:
                 target = os.readlink(entry)
             except FileNotFoundError:
                 continue  # closed between the two looks
-            if target.startswith("/") and not target.startswith(("/memfd:", "/dev/")):
+            if target.startswith("/dev/shm/") or not target.startswith(NO_FILES):
                 targets.append(target)
         return sorted(targets)
 

@@ -19,6 +19,8 @@ from tests.support.mounts import Mount, start_mount
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+ENGINES = ("relay", "pyfuse3")
+
 _numbers = count()
 
 
@@ -40,7 +42,9 @@ class Share:
 
 
 @contextmanager
-def open_share(kind: str, cache: str = "auto", expected_status: int = 0) -> Iterator[Share]:
+def open_share(
+    kind: str, engine: str, cache: str = "auto", expected_status: int = 0
+) -> Iterator[Share]:
     """Start a daemon and mount what it shares."""
     require_daemon(kind)
     in_memory = not tmpfs_problem()
@@ -51,7 +55,9 @@ def open_share(kind: str, cache: str = "auto", expected_status: int = 0) -> Iter
             folder.mkdir()
         with (
             start_daemon(kind, host) as daemon,
-            start_mount(path, daemon.socket, cache=cache, expected_status=expected_status) as mount,
+            start_mount(
+                path, daemon.socket, cache=cache, engine=engine, expected_status=expected_status
+            ) as mount,
         ):
             yield Share(host, path, local, daemon, mount)
     finally:
@@ -61,13 +67,18 @@ def open_share(kind: str, cache: str = "auto", expected_status: int = 0) -> Iter
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(kind, marks=[] if kind == "bundled" else [pytest.mark.needs_daemon])
+        pytest.param(
+            (kind, engine),
+            marks=[] if kind == "bundled" else [pytest.mark.needs_daemon],
+            id=f"{kind}-{engine}",
+        )
         for kind in DAEMON_KINDS
+        for engine in ENGINES
     ],
 )
 def running_share(request: pytest.FixtureRequest) -> Iterator[Share]:
     """A share for all tests of a module."""
-    with open_share(request.param) as share:
+    with open_share(*request.param) as share:
         yield share
 
 

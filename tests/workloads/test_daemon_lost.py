@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.wait import wait_until
-from tests.workloads.conftest import open_share
+from tests.workloads.conftest import ENGINES, open_share
 from vfsmount.client.status import read_status
 from vfsmount.errors import ExitCode
 
@@ -53,9 +53,10 @@ class Attempt(threading.Thread):
         self.error = number
 
 
-def test_daemon_killed(daemon_kind: str) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_daemon_killed(daemon_kind: str, engine: str) -> None:
     """Pending and new operations fail within 2 s, and umount works."""
-    with open_share(daemon_kind, "none", expected_status=ExitCode.DAEMON_LOST) as share:
+    with open_share(daemon_kind, engine, "none", expected_status=ExitCode.DAEMON_LOST) as share:
         (share.path / "file").write_bytes(b"content")
         fd = os.open(share.path / "file", os.O_RDWR)
         share.daemon.pause()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.daemons import DAEMON_KINDS
-from tests.workloads.conftest import open_share
+from tests.workloads.conftest import ENGINES, open_share
 
 if TYPE_CHECKING:
     from tests.workloads.conftest import Share
@@ -85,9 +85,10 @@ def test_64_processes(share: Share) -> None:
         for kind in DAEMON_KINDS
     ],
 )
-def test_memory(kind: str) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_memory(kind: str, engine: str) -> None:
     """Idle under 60 MiB; after 10,000 files made, listed and removed under 80 MiB."""
-    with open_share(kind) as share:
+    with open_share(kind, engine) as share:
         idle = share.mount.rss
         folder = share.path / "many"
         folder.mkdir()
@@ -101,7 +102,7 @@ def test_memory(kind: str) -> None:
         after = share.mount.rss
         folder.rmdir()
     print(
-        f"{kind}: idle {idle / MIB:.1f}, with files {most / MIB:.1f}, after {after / MIB:.1f} MiB"
+        f"{kind}, {engine}: idle {idle / MIB:.1f}, with files {most / MIB:.1f}, after {after / MIB:.1f} MiB"
     )
     assert idle < 60 * MIB
     assert max(most, after) < 80 * MIB

@@ -57,8 +57,8 @@ __all__ = ["Channel"]
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a FORGET may wait for company.
-_FORGET_DELAY: Final = 0.01
+#: Seconds that a FORGET or a posted request may wait for company.
+_LATER: Final = 0.01
 #: Seconds between two looks whether the queues can be lent.
 _LOAN_DELAY: Final = 0.001
 #: Seconds for the orderly end.
@@ -76,6 +76,7 @@ class Channel:
         features: Virtio features acked.
         protocol_features: Protocol features acked.
         queue_size: Entries of the request queue.
+        poll_us: Most microseconds to look for something before sleeping.
     """
 
     def __init__(
@@ -97,14 +98,17 @@ class Channel:
         self._map = memory.map
         self._arena = arena
         self._budget = PollBudget(options.poll_us)
-        self._requests = Exchange(requests, memory, arena, self._budget, self.fail)
-        self._hiprio = Exchange(hiprio, memory, arena, PollBudget(0), self.fail, quiet=True)
+        self._requests = Exchange(requests, memory, arena, self._budget, self.fail, self._count)
+        self._hiprio = Exchange(
+            hiprio, memory, arena, PollBudget(0), self.fail, self._count, quiet=True
+        )
         self._exchanges = (self._hiprio, self._requests)
         self._forgets = ForgetGatherer(hiprio)
-        self._forgets_wait = trio.Event()
+        self._later = trio.Event()
         self._watch = CallWatch(hiprio.call_fd, requests.call_fd)
         self._watchdog = Watchdog(options.mute_after, options.request_timeout)
         self._request_timeout = options.request_timeout
+        self.poll_us = options.poll_us
         self._lent: tuple[int, memoryview] | None = None
         self._loan: Loan | None = None
         self._at_home = trio.Event()
@@ -283,7 +287,28 @@ class Channel:
             log.debug("a view of shared memory is still in use after its time")
         self._requests.free(block)
 
-    # --- FORGET ----------------------------------------------------------------------------------
+    # --- what nobody waits for -------------------------------------------------------------------
+
+    def post(
+        self, opcode: int, nodeid: int, body: bytes, *, uid: int = 0, gid: int = 0, pid: int = 0
+    ) -> bool:
+        """Send a request whose reply has no body and interests nobody, such as RELEASE.
+
+        It goes with the next request, which saves a kick and two changes of process (15 us), or
+        within 10 ms. Order towards later requests is kept.
+
+        Returns:
+            False when there is no room now or the queues are lent: use ``request`` then.
+        """
+        if self._loan is not None:
+            return False
+        if self._lent is not None:
+            self._take_back()
+        pending = Pending(opcode, nodeid, body, None, 0, uid, gid, pid, 0, None)
+        if not self._requests.post(pending):
+            return False
+        self._later.set()
+        return True
 
     def forget(self, nodeid: int, nlookup: int) -> None:
         """Give back ``nlookup`` references to a node. Never blocks, never fails.
@@ -297,8 +322,8 @@ class Channel:
         self._forgets.add(nodeid, nlookup)
         if len(self._forgets) >= BATCH:
             self._flush_forgets()
-        elif not self._forgets_wait.is_set():
-            self._forgets_wait.set()
+        else:
+            self._later.set()
 
     def _flush_forgets(self) -> None:
         if self._loan is not None:
@@ -307,16 +332,18 @@ class Channel:
         if self._error is None:
             self._forgets.flush()
 
-    async def flush_forgets_in_time(self) -> None:
-        """Background task: send FORGETs that found no company."""
+    async def send_in_time(self) -> None:
+        """Background task: send FORGETs and posted requests that found no company."""
         while True:
-            await self._forgets_wait.wait()
-            await trio.sleep(_FORGET_DELAY)
-            self._forgets_wait = trio.Event()
+            await self._later.wait()
+            await trio.sleep(_LATER)
+            self._later = trio.Event()
+            if self._loan is None:
+                self._requests.flush()
             self._flush_forgets()
             if len(self._forgets) and self._error is None and self._loan is None:
                 # No room: look again.
-                self._forgets_wait.set()
+                self._later.set()
 
     # --- the other background tasks --------------------------------------------------------------
 
@@ -384,8 +411,9 @@ class Channel:
             VfsmountError: The channel has failed or was closed.
         """
         self._take_back()
-        while self._error is None and self._requests.pending():
-            await trio.sleep(_LOAN_DELAY)  # somebody was cancelled; the device still has it
+        # Somebody may have been cancelled: the device still has the request, nobody waits for it.
+        while self._error is None and self._requests.pending():  # noqa: ASYNC110
+            await trio.sleep(_LOAN_DELAY)
         if self._error is not None:
             raise fresh(self._error)
         self._flush_forgets()

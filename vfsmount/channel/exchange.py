@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 import outcome
 import trio
 
-from vfsmount.channel.inflight import ABANDONED, DONE, NEW, SENT, Pending
+from vfsmount.channel.inflight import ABANDONED, DONE, NEW, POSTED, SENT, Pending
 from vfsmount.errors import ProtocolViolation, VfsmountError
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ __all__ = ["Exchange", "fresh"]
 #: Requests that go the quick way before one takes a checkpoint, so that other tasks live: a
 #: reschedule costs 50 us, one in 64 adds 1 us to each.
 _FAIRNESS: Final = 64
+#: Posted requests that are shown to the device without waiting for company.
+_POSTED_AT_ONCE: Final = 32
 
 
 def fresh(error: VfsmountError) -> VfsmountError:
@@ -57,6 +59,7 @@ class Exchange:
         arena: Where blocks go back to.
         budget: How long to look for replies.
         on_violation: Told when the device breaks the rules; it calls ``fail``.
+        on_posted: Told of replies to what was posted; it counts them.
         quiet: Only raw chains want calls (the hiprio queue, whose FORGETs nobody waits for).
 
     Attributes:
@@ -74,6 +77,7 @@ class Exchange:
         arena: Arena,
         budget: PollBudget,
         on_violation: Callable[[ProtocolViolation], None],
+        on_posted: Callable[[Pending], None],
         *,
         quiet: bool = False,
     ) -> None:
@@ -86,8 +90,10 @@ class Exchange:
         self._arena = arena
         self._budget = budget
         self._on_violation = on_violation
+        self._on_posted = on_posted
         self._quiet = quiet
         self._turns = 0
+        self._unkicked = 0
 
     # --- the quick way ---------------------------------------------------------------------------
 
@@ -139,6 +145,27 @@ class Exchange:
         self._arena.free(block)
         if self.room:
             self.admit()
+            self.settle()
+
+    def post(self, pending: Pending) -> bool:
+        """Add a request that nobody waits for; the next kick shows it to the device.
+
+        Return False when there is no room now, or the channel has failed.
+        """
+        if self.error is not None or self.room or not self.queue.submit(pending, kick=False):
+            return False
+        pending.state = POSTED
+        self._unkicked += 1
+        if self._unkicked >= _POSTED_AT_ONCE:
+            self.flush()
+        return True
+
+    def flush(self) -> None:
+        """Show the device what was posted since the last flush, if no request has done so."""
+        if self._unkicked and self.error is None:
+            self._unkicked = 0
+            self.queue.kick()
+            self.busy.set()  # the watchdog looks after posted requests too
             self.settle()
 
     # --- the slow way ----------------------------------------------------------------------------
@@ -256,6 +283,9 @@ class Exchange:
         for pending in done:
             if pending.state == ABANDONED:
                 self._clean_up(pending)
+            elif pending.state == POSTED:
+                self._arena.free(pending.block)
+                self._on_posted(pending)
             elif pending.waiter is not None:
                 trio.lowlevel.reschedule(pending.waiter)
                 pending.waiter = None

@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-__all__ = ["ABANDONED", "DONE", "NEW", "SENT", "Pending", "Placement", "check_reply", "place"]
+__all__ = [
+    "ABANDONED",
+    "DONE",
+    "NEW",
+    "POSTED",
+    "SENT",
+    "Pending",
+    "Placement",
+    "check_reply",
+    "place",
+]
 
 _IN: Final = IN_HEADER.size
 _OUT: Final = OUT_HEADER.size
@@ -39,11 +49,12 @@ _MAX_ERRNO: Final = 511
 
 #: States of a request. NEW: not submitted. SENT: the device has it. DONE: the reply has been
 #: checked and lies in the block, or the request has failed. ABANDONED: the device has it and nobody
-#: waits.
+#: waits any more. POSTED: it was sent, or waits for the next kick, and nobody ever waited.
 NEW: Final = 0
 SENT: Final = 1
 DONE: Final = 2
 ABANDONED: Final = 3
+POSTED: Final = 4
 
 #: Replied to with no bytes at all by some daemons.
 _DESTROY: Final = int(Opcode.DESTROY)
@@ -61,7 +72,7 @@ class Pending:
         uid: Caller's user id; ``gid`` and ``pid`` likewise.
         total_extlen: Extensions at the end of ``body``, in units of 8 bytes.
         on_abandoned: Told the reply's body when nobody else wants it.
-        state: NEW, SENT, DONE or ABANDONED.
+        state: NEW, SENT, DONE, ABANDONED or POSTED.
         unique: Identifier, even.
         block: Offset of its block in shared memory.
         data_at: Offset of the reply body there.

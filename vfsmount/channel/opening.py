@@ -149,7 +149,7 @@ async def open_channel(
         await frontend.finish()
         channel = Channel(frontend, offer, options, memory, arena, *queues)
         closing.callback(channel.release)
-        for task in (channel.reap_on_calls, channel.flush_forgets_in_time, channel.look_after):
+        for task in (channel.reap_on_calls, channel.send_in_time, channel.look_after):
             background.start(task)
         if server is not None:
             background.start(partial(_serve, server, channel))

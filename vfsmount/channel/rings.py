@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.channel.barrier import STRONG, full_barrier
 from vfsmount.channel.eventfd import close_fd, new_eventfd
-from vfsmount.channel.inflight import ABANDONED, DONE, SENT, Pending, check_reply, place
+from vfsmount.channel.inflight import DONE, SENT, Pending, check_reply, place
 from vfsmount.channel.memory import GUEST_BASE
 from vfsmount.channel.virtqueue import Virtqueue
 from vfsmount.errors import ProtocolViolation
@@ -148,8 +148,10 @@ class DriverQueue:
 
     # --- submitting ---
 
-    def submit(self, pending: Pending) -> bool:
+    def submit(self, pending: Pending, *, kick: bool = True) -> bool:
         """Write a FUSE request, make it available and kick; return False when there is no room.
+
+        Without ``kick`` the device does not see it before the next kick of the queue.
 
         On True the device has it: ``state`` is SENT and the block stays untouched until reaped.
 
@@ -204,7 +206,7 @@ class DriverQueue:
             readable = (GUEST_BASE + block + readable_at, in_size, False)
             writable = (GUEST_BASE + block + writable_at, out_size, True)
             head = ring.add_chain((readable, writable) if out_size else (readable,))
-        self._send(pending, head)
+        self._send(pending, head, kick)
         return True
 
     def submit_placed(self, pending: Pending, at: int, size: int) -> bool:
@@ -277,7 +279,7 @@ class DriverQueue:
         ]:
             parts.append((GUEST_BASE + at, length, is_writable))
             at += length
-        self._send(pending, self._add_parts(block, parts))
+        self._send(pending, self._add_parts(block, parts), True)
         return True
 
     def _add_parts(self, block: int, parts: Sequence[tuple[int, int, bool]]) -> int:
@@ -290,11 +292,12 @@ class DriverQueue:
             _DESC(self._map, block + _DESC_SIZE * i, guest_addr, length, flags, following)
         return self.ring.add_indirect(GUEST_BASE + block, _DESC_SIZE * len(parts))
 
-    def _send(self, pending: Pending, head: int) -> None:
+    def _send(self, pending: Pending, head: int, kick: bool) -> None:
         self._outstanding[head] = pending
         pending.state = SENT
         pending.started_ns = perf_counter_ns()
-        self.kick()
+        if kick:
+            self.kick()
 
     def kick(self) -> None:
         """Show the device what was added, and tell it if it wants to be told."""
@@ -309,7 +312,7 @@ class DriverQueue:
     def reap(self, done: list[Pending]) -> None:
         """Take everything that the device has used; add it to ``done``.
 
-        Their state becomes DONE, or stays ABANDONED. ``done`` is right even when this raises.
+        Their state becomes DONE, or stays ABANDONED or POSTED. ``done`` is right even when this raises.
 
         Raises:
             ProtocolViolation: The device broke a rule; the queue must not be used any more.
@@ -331,7 +334,7 @@ class DriverQueue:
                 size, error, unique = _OUT_HEADER(self._map, pending.data_at - _OUT)
                 check_reply(pending, written, size, error, unique)
             self._outstanding[head] = None
-            if pending.state != ABANDONED:
+            if pending.state == SENT:
                 pending.state = DONE
             done.append(pending)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final
 
-from vfsmount.channel.inflight import ABANDONED, NEW
+from vfsmount.channel.inflight import ABANDONED, NEW, POSTED
 from vfsmount.wire.fuse import Opcode
 
 if TYPE_CHECKING:
@@ -66,6 +66,6 @@ class Watchdog:
         return now_ns - pending.started_ns >= self._mute_after * 1e9
 
     def _is_overdue(self, pending: Pending, now_ns: int) -> bool:
-        if pending.state == ABANDONED or pending.opcode == _WAITS_FOR_LOCK:
+        if pending.state in (ABANDONED, POSTED) or pending.opcode == _WAITS_FOR_LOCK:
             return False
         return now_ns - pending.started_ns >= self._timeout_ns

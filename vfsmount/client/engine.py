@@ -3,8 +3,8 @@
     relay     one thread hands messages on as they are; every opcode works; the default
     pyfuse3   pyfuse3 decodes them and calls ``operations``; a file system in Python
 
-Both have the same life: made before the mount (``operations`` is what ``pyfuse3.init`` gets), then
-``start`` with the mounted device, ``run`` until the connection ends, ``terminate`` to end it sooner.
+Both have the same life: made before the mount (``operations`` is what ``pyfuse3.init`` gets),
+``start`` with the mounted device, ``run`` until the connection ends, ``terminate`` to end sooner.
 ``run`` may be cancelled at any time; it leaves nothing running.
 """
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import pyfuse3
 import trio
 
+from vfsmount.client.eager import eager_trio
 from vfsmount.client.operations import VirtioFsOperations
 from vfsmount.client.relay import Relay
 from vfsmount.client.relay_rewrite import flags_to_withdraw, init_answer
@@ -25,9 +26,11 @@ from vfsmount.wire import fuse
 from vfsmount.wire.fuse import InitFlag, Opcode
 
 if TYPE_CHECKING:
+    from types import ModuleType, SimpleNamespace
+
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.client.session import Session
-    from vfsmount.errors import ProtocolViolation
+    from vfsmount.errors import ProtocolViolation, VfsmountError
 
 __all__ = ["Engine", "Pyfuse3Engine", "RelayEngine", "choose_engine"]
 
@@ -84,13 +87,20 @@ class Pyfuse3Engine:
     def __init__(self, session: Session, policy: CachePolicy, reason: str) -> None:
         self.reason = reason
         self.operations: pyfuse3.Operations = VirtioFsOperations(session, policy)
+        self._poll_us = session.channel.poll_us
+        self._trio: ModuleType | SimpleNamespace = trio
 
     async def start(self, device: int) -> None:
-        """Nothing to do: libfuse answers INIT."""
+        """Nothing to answer: libfuse does."""
+        self._trio = eager_trio(device, self._poll_us)
 
     async def run(self) -> None:
         """Run pyfuse3's loop."""
-        await pyfuse3.main()
+        pyfuse3.trio = self._trio  # type: ignore[attr-defined]  # as pyfuse3.asyncio.enable() does
+        try:
+            await pyfuse3.main()
+        finally:
+            pyfuse3.trio = trio  # type: ignore[attr-defined]
 
     def terminate(self) -> None:
         """End pyfuse3's loop."""
@@ -154,7 +164,7 @@ class RelayEngine:
             VfsmountError: The channel had failed before.
         """
         channel, token = self._session.channel, trio.lowlevel.current_trio_token()
-        loan = await channel.lend(lambda error: self._relay and self._relay.fail(error))
+        loan = await channel.lend(self._failed)
 
         def violated(violation: ProtocolViolation) -> None:
             token.run_sync_soon(channel.fail, violation)
@@ -179,10 +189,14 @@ class RelayEngine:
         if self._failure is not None:
             raise self._failure
 
+    def _failed(self, error: VfsmountError) -> None:
+        if self._relay is not None:
+            self._relay.fail(error)
+
     def _run_thread(self, relay: Relay, token: trio.lowlevel.TrioToken, ended: trio.Event) -> None:
         try:
             relay.run()
-        except BaseException as error:  # noqa: BLE001  # top of a thread: told to the event loop
+        except BaseException as error:  # top of a thread: told to the event loop
             self._failure = error
         token.run_sync_soon(ended.set)
 

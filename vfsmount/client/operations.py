@@ -469,7 +469,7 @@ class VirtioFsOperations(pyfuse3.Operations):
     async def release(self, fh: FileHandleT) -> None:
         """Last close of a handle."""
         file = self._files.pop(fh)
-        await self._session.release(file.node.nodeid, file.fh, file.flags)
+        await self._session.release(file.node.nodeid, file.fh, file.flags, wait=False)
 
     # --- directories -----------------------------------------------------------------------------
 
@@ -552,7 +552,9 @@ class VirtioFsOperations(pyfuse3.Operations):
         """Last close of a directory."""
         directory = self._directories.pop(fh)
         self._drop_ahead(directory)
-        await self._session.releasedir(directory.node.nodeid, directory.fh, directory.flags)
+        await self._session.releasedir(
+            directory.node.nodeid, directory.fh, directory.flags, wait=False
+        )
 
     # --- pieces ----------------------------------------------------------------------------------
 

@@ -193,7 +193,7 @@ MOUNT_GROUPS = (
             Option(
                 "engine",
                 "relay: hand the kernel's requests on as they are; pyfuse3: decode\n"
-                "them here; auto: relay where it can run (default pyfuse3)",
+                "them here; auto: relay where it can run (default)",
                 "NAME",
                 one_of(ENGINES),
             ),
@@ -265,7 +265,7 @@ class MountSettings:
     daemonize: bool = False
     pid_file: str | None = None
     ready_fd: int | None = None
-    engine: str = "pyfuse3"
+    engine: str = "auto"
     cpus: frozenset[int] | None = None
     log_level: str = "info"
     log_file: str | None = None

@@ -1,4 +1,4 @@
-"""The relay: one thread between ``/dev/fuse`` and the virtqueues that hands messages on as they are.
+"""The relay: one thread between ``/dev/fuse`` and the virtqueues; it hands messages on as they are.
 
     kernel ──read(2)──> slot of shared memory ──descriptor──> daemon ──reply──> slot ──write(2)──>
 
@@ -38,7 +38,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.channel.eventfd import close_fd, new_eventfd
-from vfsmount.channel.inflight import ABANDONED, NEW, SENT, Pending
+from vfsmount.channel.inflight import ABANDONED, SENT, Pending
 from vfsmount.channel.rings import PollBudget
 from vfsmount.channel.statistics import OpcodeCounter
 from vfsmount.client.relay_interrupts import LOOK_SECONDS, Interrupts
@@ -117,6 +117,7 @@ class Relay:
 
     Attributes:
         refused: Replies that the kernel would not take.
+        ended: ``run`` touches nothing any more.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Relay:
     ) -> None:
         os.set_blocking(device, False)
         self.refused = 0
+        self.ended = False
         self._fd = device
         self._device = io.FileIO(device, "r+", closefd=False)
         self._loan = loan
@@ -243,7 +245,7 @@ class Relay:
         ring = self._queue.ring
         if ring.outstanding and ring.arm():
             return
-        watch = self._all if self._may_read() else self._replies
+        watch = self._replies if self._spare_slot() is None else self._all
         timeout = self._timeout()
         events = watch.poll(timeout)
         ring.disarm()
@@ -256,10 +258,11 @@ class Relay:
         if not events or perf_counter_ns() > self._looked_ns:
             self._look_after(idle=not events)
 
-    def _may_read(self) -> bool:
-        if self._spare is None:
+    def _spare_slot(self) -> Slot | None:
+        """The slot to read into; None when the kernel has to wait."""
+        if self._spare is None and not self._stalled:
             self._spare = self._pool.take()
-        return self._spare is not None and not self._stalled
+        return None if self._stalled else self._spare
 
     def _timeout(self) -> float | None:
         """Seconds to sleep at most; None for ever."""
@@ -280,15 +283,17 @@ class Relay:
         self._flush_forgets()
         self._send_undone()
         self._interrupts.look()
-        for pending in self._loan.watchdog.examine(self._in_flight(), now):
-            if isinstance(pending, Slot):
-                self._give_up(pending, errno.ETIMEDOUT)
+        overdue = set(self._loan.watchdog.examine(self._in_flight(), now))
+        for slot in self._in_flight():
+            if slot in overdue:
+                self._give_up(slot, errno.ETIMEDOUT)
         if idle and not self._queue.ring.outstanding and self._pool.is_bloated(_KEEP):
             self._pool.trim()
 
     def _in_flight(self) -> list[Slot]:
         """Requests of the kernel that the device has, those answered already included."""
-        return [one for one in self._queue.outstanding() if isinstance(one, Slot)]
+        slots = [one for one in self._queue.outstanding() if isinstance(one, Slot)]
+        return slots + list(self._held.values())
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -298,31 +303,32 @@ class Relay:
         Raises:
             OSError: The device has ended or failed.
         """
-        if not self._may_read():
+        slot = self._spare_slot()
+        if slot is None:
             return False
-        slot = self._spare
-        assert slot is not None
         readinto = self._device.readinto
         got = readinto(slot.view)
-        if got is None:
-            return False
+        if not got:
+            if got is None:
+                return False
+            raise OSError(errno.ENODEV, "end of file")  # only something else than /dev/fuse has one
         ring = self._queue.ring
         before = ring.outstanding
         if before:
             self._burst = _BURST
-        while got is not None:
+        while got:
             if self._take(slot):
                 self._spare = None
-                if not self._may_read():
+                following = self._spare_slot()
+                if following is None or not self._burst:
                     break
-                slot = self._spare
-                if not self._burst:
-                    break
+                slot = following
             got = readinto(slot.view)
-        if ring.outstanding == before + 1 and self._burst:
-            self._burst -= 1
-        if ring.outstanding != before:
+        added = ring.outstanding - before
+        if added:
             self._queue.kick()
+            if added == 1 and self._burst:
+                self._burst -= 1
         if self._asleep:
             self._asleep = False
         else:
@@ -367,7 +373,7 @@ class Relay:
         pending = Pending(Opcode.SETATTR, nodeid, body, None, fuse.ATTR_OUT.size, 0, 0, 0, 0, None)
         if not self._queue.submit(pending):
             return False  # the ring is full; the bits go with the next write
-        slot.state = NEW
+        slot.state = SENT
         self._held[pending] = slot
         return True
 
@@ -493,7 +499,9 @@ class Relay:
         """A request of our own is through; a write may have waited for it."""
         self._loan.arena.free(pending.block)
         held = self._held.pop(pending, None)
-        if held is not None:
+        if held is not None and held.state == ABANDONED:
+            self._pool.put(held)
+        elif held is not None:
             self._submit(held)
             self._queue.kick()
 
@@ -596,14 +604,11 @@ class Relay:
     def _serve_lost(self) -> None:
         """The loop when the daemon is gone: errors for everybody, until the mount ends."""
         number = errno.EIO if isinstance(self._error, ProtocolViolation) else errno.ENOTCONN
-        for slot in self._in_flight():
-            if slot.state == SENT:
+        for slot in (*self._in_flight(), *self._stalled):
+            if slot.state != ABANDONED:
                 self._reply_error(slot.answers, number)
-        for slot in (*self._stalled, *self._held.values()):
-            self._reply_error(slot.answers, number)
-        slot = self._spare or self._pool.take()
-        if slot is None:  # all slots are with the device, which is gone
-            slot = self._in_flight()[0]
+        # Where all slots are with the device, which is gone, any will do.
+        slot = self._spare or self._pool.take() or self._in_flight()[0]
         while not self._stopping:
             try:
                 got = self._device.readinto(slot.view)
@@ -613,6 +618,8 @@ class Relay:
                 if error.errno != errno.ENOENT:
                     raise
                 continue
+            if got == 0:
+                return
             if got is None:
                 self._all.poll()
                 with suppress(BlockingIOError):
@@ -644,6 +651,7 @@ class Relay:
         for watch in (self._all, self._replies):
             watch.close()
         self._pool.close()
+        self.ended = True
 
     def close(self) -> None:
         """Close what ``stop`` and ``fail`` use; when ``run`` has returned."""

@@ -1,13 +1,13 @@
 """INTERRUPT: who may be answered before the daemon is, so that nobody hangs and nothing is lost.
 
-The kernel sends INTERRUPT once for a request whose caller got *any* signal, and goes on waiting for
-the reply. No daemon of today can be asked to give a request up (virtiofsd in Rust ignores INTERRUPT,
-the C one crashes on it), so it is decided here:
+The kernel sends INTERRUPT once for a request whose caller got *any* signal, and goes on waiting
+for the reply. No daemon of today can be asked to give a request up (virtiofsd in Rust ignores
+INTERRUPT, the C one crashes on it), so it is decided here:
 
 * A wait for a lock (SETLKW) ends at once with EINTR, as fcntl(2) says. At the daemon it goes on:
   it is an *orphan*. The same wait asked for again adopts the orphan instead of standing in line
   twice; otherwise a grant that comes too late is undone by unlocking. An owner that has locked
-  something else of the file meanwhile keeps the late grant: unlocking could take away what it holds.
+  something else of the file meanwhile keeps the late grant: unlocking could take away what it has.
 * Anything else is answered with EINTR only when its caller is being killed, and is then undone
   when the daemon is through with it. A live caller waits, as it would for a disk: a write that has
   happened must not be reported as interrupted.
@@ -33,8 +33,8 @@ __all__ = ["LOOK_SECONDS", "Interrupts", "is_being_killed"]
 
 #: Seconds between two looks at callers that were interrupted.
 LOOK_SECONDS: Final = 0.1
-#: A caller is asked about only when its request has taken that long: nearly all are through by then,
-#: and reading /proc takes 30 us.
+#: A caller is asked about only when its request has taken that long: nearly all are through by
+#: then, and reading /proc takes 30 us.
 _PATIENCE_NS: Final = 20_000_000
 
 _SETLKW: Final = int(Opcode.SETLKW)
@@ -67,7 +67,6 @@ class Interrupts:
         give_up: Answers a request with an errno and leaves it to the daemon.
         lock_of: Returns the 48 bytes of ``fuse_lk_in`` of a request.
         pid_of: Returns the caller's thread id.
-        is_killed: Whether that thread is being killed.
     """
 
     def __init__(
@@ -75,12 +74,10 @@ class Interrupts:
         give_up: Callable[[Slot, int], None],
         lock_of: Callable[[Slot], bytes],
         pid_of: Callable[[Slot], int],
-        is_killed: Callable[[int], bool] = is_being_killed,
     ) -> None:
         self._give_up = give_up
         self._lock_of = lock_of
         self._pid_of = pid_of
-        self._is_killed = is_killed
         self._waiting: list[tuple[Slot, int]] = []
         self._orphans: dict[tuple[int, bytes], Slot] = {}
         self._kept: set[int] = set()
@@ -107,7 +104,7 @@ class Interrupts:
         for slot, unique in self._waiting:
             if slot.answers != unique:
                 continue  # answered; the slot may have another request by now
-            if now - slot.started_ns > _PATIENCE_NS and self._is_killed(self._pid_of(slot)):
+            if now - slot.started_ns > _PATIENCE_NS and is_being_killed(self._pid_of(slot)):
                 self._give_up(slot, errno.EINTR)
             else:
                 still.append((slot, unique))

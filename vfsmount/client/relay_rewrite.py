@@ -11,8 +11,8 @@ the complete list of exceptions:
 * ``security.capability``, for which the kernel asks before each write, is answered from memory once
   it is known to be absent (``CapabilityMemory``).
 
-The room for each reply follows from the request (``room_for_reply``). Rewriters get shared memory that
-the daemon can still write to. They only ever store the policy's own values at offsets that lie
+The room for each reply follows from the request (``room_for_reply``). Rewriters get shared memory
+that the daemon can still write to. They only ever store the policy's own values at offsets that lie
 inside the reply, so a daemon that writes at the same time can spoil nothing but its own reply.
 """
 
@@ -24,7 +24,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.wire import fuse
-from vfsmount.wire.fuse import InitFlag, InitIn, InitOut, OpenOutFlag, Opcode
+from vfsmount.wire.fuse import InitFlag, InitIn, InitOut, Opcode, OpenOutFlag
 
 if TYPE_CHECKING:
     import mmap
@@ -98,7 +98,7 @@ OWN_FLAGS: Final = (
     | InitFlag.MAX_PAGES
 )
 
-#: Requests that the kernel sends without somebody waiting (read-ahead, write-back), at once; its own
+#: Requests that the kernel sends at once without somebody waiting (read-ahead, write-back); its own
 #: choice, 12, is too few to keep a pipe of 1 MiB messages full. Congestion as the kernel: 3/4.
 MAX_BACKGROUND: Final = 64
 
@@ -240,9 +240,7 @@ def _split(seconds: float) -> tuple[int, int]:
     return whole, int((seconds - whole) * 1_000_000_000)
 
 
-def reply_rewriters(  # noqa: C901  # a table, written as closures for speed
-    policy: CachePolicy, modes: SetIdMemory | None = None
-) -> dict[int, Rewriter]:
+def reply_rewriters(policy: CachePolicy, modes: SetIdMemory | None = None) -> dict[int, Rewriter]:
     """Return what is to be done to a successful reply, by opcode; most opcodes have nothing.
 
     Bytes are compared first and stored only when they differ: a daemon in the same cache mode has

@@ -103,19 +103,16 @@ class SlotPool:
         loan: Where the memory comes from.
         largest: Bytes of the largest message in either direction, header included.
         limit: Most slots.
-
-    Attributes:
-        count: Slots made so far.
     """
 
     def __init__(self, loan: Loan, largest: int, limit: int) -> None:
-        self.count = 0
         self._memory = loan.memory
         self._arena = loan.arena
         self._largest = largest
         self._size = -(-(2 * _PAGE + largest) // _UNIT) * _UNIT
         self._limit = limit
         self._blocks: list[int] = []
+        self._slots: list[Slot] = []
         self._free: list[Slot] = []
 
     def take(self) -> Slot | None:
@@ -130,8 +127,8 @@ class SlotPool:
 
     def _make(self) -> bool:
         per_block = MAX_BLOCK // self._size
-        number = self.count % per_block
-        if self.count >= self._limit:
+        number = len(self._slots) % per_block
+        if len(self._slots) >= self._limit:
             return False
         if number == 0:
             block = self._arena.allocate(MAX_BLOCK)
@@ -141,8 +138,8 @@ class SlotPool:
         base = self._blocks[-1] + number * self._size
         start = base + _REQUEST
         view = self._memory.view[start : start + max(self._largest, 2 * _PAGE)]
-        self._free.append(Slot(base, self._size, view))
-        self.count += 1
+        self._slots.append(Slot(base, self._size, view))
+        self._free.append(self._slots[-1])
         return True
 
     def is_bloated(self, limit: int) -> bool:
@@ -159,7 +156,8 @@ class SlotPool:
                 slot.touched = 0
 
     def close(self) -> None:
-        """Let go of the memory; slots that are in use keep theirs until the arena goes."""
-        for slot in self._free:
+        """Let go of the memory, which cannot be unmapped before."""
+        for slot in self._slots:
             slot.view.release()
+        self._slots.clear()
         self._free.clear()

@@ -574,10 +574,15 @@ class Session:
         release_flags: int = 0,
         lock_owner: int = 0,
         caller: Identity | None = None,
+        *,
+        wait: bool = True,
     ) -> None:
-        """RELEASE: the last close of a handle; ``flags`` as it was opened."""
+        """RELEASE: the last close of a handle; ``flags`` as it was opened.
+
+        Without ``wait`` it goes with the next request, or within 10 ms, and its reply is ignored.
+        """
         body = fuse.RELEASE_IN.values(fh, flags, release_flags, lock_owner)
-        self._nothing(Opcode.RELEASE, await self._send(Opcode.RELEASE, nodeid, body, 0, caller))
+        await self._release(Opcode.RELEASE, nodeid, body, caller, wait)
 
     async def fallocate(
         self,
@@ -742,13 +747,27 @@ class Session:
         self._nothing(Opcode.FSYNCDIR, await self._send(Opcode.FSYNCDIR, nodeid, body, 0, caller))
 
     async def releasedir(
-        self, nodeid: int, fh: int, flags: int = 0, caller: Identity | None = None
+        self,
+        nodeid: int,
+        fh: int,
+        flags: int = 0,
+        caller: Identity | None = None,
+        *,
+        wait: bool = True,
     ) -> None:
-        """RELEASEDIR."""
+        """RELEASEDIR; ``wait`` as in ``release``."""
         body = fuse.RELEASE_IN.values(fh, flags, 0, 0)
-        self._nothing(
-            Opcode.RELEASEDIR, await self._send(Opcode.RELEASEDIR, nodeid, body, 0, caller)
+        await self._release(Opcode.RELEASEDIR, nodeid, body, caller, wait)
+
+    async def _release(
+        self, opcode: int, nodeid: int, body: bytes, caller: Identity | None, wait: bool
+    ) -> None:
+        who = caller or self._self
+        posted = not wait and self.channel.post(
+            opcode, nodeid, body, uid=who.uid, gid=who.gid, pid=who.pid
         )
+        if not posted:
+            self._nothing(opcode, await self._send(opcode, nodeid, body, 0, caller))
 
     # --- DAX -------------------------------------------------------------------------------------
 
@@ -932,16 +951,13 @@ class Session:
 
     def _undo_open(self, release: Opcode, nodeid: int, reply: bytes) -> None:
         if len(reply) == fuse.OPEN_OUT.size:
-            fh = fuse.OPEN_OUT.unpack(reply).fh
-            self._nursery.start_soon(self._release_quietly, release, nodeid, fh)
+            body = fuse.RELEASE_IN.values(fuse.OPEN_OUT.unpack(reply).fh, 0, 0, 0)
+            self._nursery.start_soon(self._release_quietly, release, nodeid, body)
 
-    async def _release_quietly(self, release: Opcode, nodeid: int, fh: int) -> None:
+    async def _release_quietly(self, release: Opcode, nodeid: int, body: bytes) -> None:
         # close(2) has nobody to tell either.
         with suppress(RemoteErrno, ChannelBroken, ChannelClosed, RequestTimeout):
-            self._nothing(
-                release,
-                await self._send(release, nodeid, fuse.RELEASE_IN.values(fh, 0, 0, 0), 0, None),
-            )
+            await self._release(release, nodeid, body, None, wait=False)
 
 
 def decode_init(reply: bytes, offered: InitFlag) -> InitFacts:

@@ -96,10 +96,11 @@ class Connection:
             self._session.credentials.settle()
             self._watch()
             self._converse()
+        # Logged as text: an error in a log record would keep guest memory alive with its traceback.
         except (GuestFault, WireError) as fault:
-            logger.warning("%s: %s; closing its connection", self.name, fault)
+            logger.warning("%s: %s; closing its connection", self.name, str(fault))
         except OSError as error:  # of the socket: the front-end is gone, or stuck
-            logger.warning("%s: connection failed: %s", self.name, error)
+            logger.warning("%s: connection failed: %s", self.name, str(error))
         except Exception:  # top of the thread: a bug must not take the other guests along
             logger.exception("%s: internal error; closing its connection", self.name)
         else:
@@ -225,7 +226,7 @@ class Connection:
         except Refused as refusal:
             if kind.reply is not None or not self._wants_ack(header):
                 raise GuestFault(f"{request.name}: {refusal}") from None
-            logger.warning("%s: refused %s: %s", self.name, request.name, refusal)
+            logger.warning("%s: refused %s: %s", self.name, request.name, str(refusal))
             send_reply(self._sock, header.request, encode_ack(_FAILURE))
             return
         logger.debug("%s: %s %s", self.name, request.name, record)

@@ -51,6 +51,8 @@ def listen(path: str) -> socket.socket:
     Raises:
         UsageError: Somebody listens there, it is no socket, or the host refuses.
     """
+    if not path or "\0" in path:  # to the kernel: a name outside of the filesystem
+        raise UsageError(f"cannot listen on {path!r}: that is no path")
     _remove_stale(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # Whoever can connect acts as root here, so nobody else may from the first moment on.
@@ -70,7 +72,7 @@ def listen(path: str) -> socket.socket:
 def _remove_stale(path: str) -> None:
     try:
         mode = os.lstat(path).st_mode
-    except (OSError, ValueError):
+    except OSError:
         return  # nothing there, or something that bind will complain about
     if not stat.S_ISSOCK(mode):
         raise UsageError(f"cannot listen on {path}: it exists and is no socket")

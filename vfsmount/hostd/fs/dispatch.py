@@ -215,23 +215,25 @@ class FuseServer:
         if len(head) < HEADER_SIZE:
             raise GuestFault(f"request of {len(head)} bytes")
         length, opcode, unique, nodeid = _HEADER.unpack_from(head)
-        room = _total(writable)
+        room, wanted = _total(writable), _ROOM.get(opcode, REPLY_SIZE)
+        if room < REPLY_SIZE <= wanted:
+            raise GuestFault(f"{opcode_name(opcode)} with room for {room} bytes of reply")
         try:
-            self._check(length, opcode, room, readable)
+            if room < wanted:
+                raise WireError(f"room for {room} bytes of reply")
+            self._check(length, opcode, readable)
             message = _message(head, length, opcode, readable)
             result = self._handle(opcode, Call(nodeid, message, length, readable, writable, room))
         except Exception as error:  # a request's fate ends here, whatever goes wrong with it
             number = self._errno_of(error, opcode)
-            return self._put_error(writable, room, opcode, unique, number)
+            return _put_error(writable, unique, number) if wanted else 0
         if result is None or room < REPLY_SIZE:
             return 0
         return _put(writable, room, unique, result)
 
-    def _check(self, length: int, opcode: int, room: int, readable: list[memoryview]) -> None:
+    def _check(self, length: int, opcode: int, readable: list[memoryview]) -> None:
         if not HEADER_SIZE <= length <= _total(readable):
             raise WireError(f"header says {length} bytes, {_total(readable)} are there")
-        if room < _ROOM.get(opcode, REPLY_SIZE):
-            raise WireError(f"room for {room} bytes of reply")
         if self.session.flags is None and opcode not in _SESSIONLESS:
             raise OSError(errno.EIO, "no INIT yet")
 
@@ -273,16 +275,6 @@ class FuseServer:
         if self._complaints <= _COMPLAINTS:
             last = " (no more of these are logged)" * (self._complaints == _COMPLAINTS)
             logger.warning("malformed %s: %s%s", opcode_name(opcode), error, last)
-
-    def _put_error(
-        self, writable: list[memoryview], room: int, opcode: int, unique: int, number: int
-    ) -> int:
-        if not _ROOM.get(opcode, REPLY_SIZE):
-            return 0
-        if room < REPLY_SIZE:
-            raise GuestFault(f"{opcode_name(opcode)} with room for {room} bytes of reply")
-        _scatter(writable, _REPLY.pack(REPLY_SIZE, -number, unique))
-        return REPLY_SIZE
 
 
 def _total(buffers: list[memoryview]) -> int:
@@ -329,6 +321,11 @@ def _put(writable: list[memoryview], room: int, unique: int, result: bytes | int
     else:
         _scatter(writable, reply)
     return total
+
+
+def _put_error(writable: list[memoryview], unique: int, number: int) -> int:
+    _scatter(writable, _REPLY.pack(REPLY_SIZE, -number, unique))
+    return REPLY_SIZE
 
 
 def _scatter(writable: list[memoryview], data: bytes) -> None:

@@ -52,12 +52,13 @@ __all__ = [
     "write",
 ]
 
+# As in ``wire``, without the fields that nobody looks at.
 _OPEN_IN = struct.Struct("<II")
 _OPEN_OUT = struct.Struct("<QIi")
-_READ_IN = struct.Struct("<QQI")
-_WRITE_IN = struct.Struct("<QQII")
+_READ_IN = struct.Struct("<QQI20x")
+_WRITE_IN = struct.Struct("<QQII16x")
 _WRITE_OUT = struct.Struct("<I4x")
-_RELEASE_IN = struct.Struct("<Q")
+_RELEASE_IN = struct.Struct("<Q16x")
 #: Where the data of a WRITE begin.
 _WRITE_DATA: Final = HEADER_SIZE + 40
 

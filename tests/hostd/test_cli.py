@@ -1,0 +1,300 @@
+"""The command line of the daemon, and the daemon as a process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.hostd.frontend import Frontend
+from tests.hostd.guest import ROOT
+from tests.support.wait import wait_until
+from vfsmount.errors import UsageError
+from vfsmount.hostd.cli import main, parse
+from vfsmount.hostd.fs.share import CacheMode, ShareOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+COMMAND = [sys.executable, "-m", "vfsmount.hostd"]
+REPOSITORY = Path(__file__).resolve().parents[2]
+DEADLINE = 20.0
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A folder with a path short enough for a socket."""
+    with tempfile.TemporaryDirectory(prefix="hostd-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def daemon(*arguments: str, fds: tuple[int, ...] = ()) -> Iterator[subprocess.Popen[bytes]]:
+    """The daemon as a process, listening; killed at the end unless it has ended."""
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], stderr=subprocess.PIPE, cwd=REPOSITORY, pass_fds=fds
+    )
+    assert process.stderr is not None
+    try:
+        line = process.stderr.readline()
+        assert b"listening" in line, line + process.stderr.read()
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def connect(path: Path) -> Frontend:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(os.fspath(path))
+    return Frontend(sock)
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def test_defaults() -> None:
+    arguments = parse(["dir", "--socket", "sock"])
+
+    assert arguments is not None
+    assert (arguments.directory, arguments.socket, arguments.fd) == ("dir", "sock", None)
+    assert arguments.options == ShareOptions()
+    assert not arguments.once
+
+
+def test_every_option() -> None:
+    line = "--fd=7 --readonly --tag t --cache=never --writeback --no-xattr --request-queues 3"
+    arguments = parse([*line.split(), "--poll-us=0", "--once", "--log-level", "debug", "--", "-d"])
+
+    assert arguments is not None
+    assert (arguments.directory, arguments.socket, arguments.fd) == ("-d", None, 7)
+    assert arguments.options == ShareOptions(
+        cache=CacheMode.NEVER,
+        readonly=True,
+        writeback=True,
+        xattr=False,
+        tag=b"t",
+        request_queues=3,
+    )
+    assert (arguments.poll_us, arguments.once, arguments.log_level) == (0, True, 10)
+
+
+def test_cache_none_is_never() -> None:
+    arguments = parse(["dir", "--fd", "3", "--cache", "none"])
+    assert arguments is not None
+    assert arguments.options.cache is CacheMode.NEVER
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("", "one directory"),
+        ("--socket s", "one directory"),
+        ("a b --socket s", "one directory"),
+        ("a", "one of --socket and --fd"),
+        ("a --socket s --fd 3", "one of --socket and --fd"),
+        ("a --socket", "--socket needs a value"),
+        ("a --fd x", "--fd 'x' is no number"),
+        ("a --fd -1", "--fd '-1' is no number"),
+        ("a --fd 3 --cache maybe", "--cache 'maybe' is none of auto, always, never, metadata"),
+        ("a --fd 3 --tag " + "t" * 37, "not 1 to 36 bytes"),
+        ("a --fd 3 --tag=", "not 1 to 36 bytes"),
+        ("a --fd 3 --request-queues 0", "no number from 1"),
+        ("a --fd 3 --log-level loud", "--log-level 'loud'"),
+        ("a --fd 3 --readonly=yes", "unknown option --readonly=yes"),
+        ("a --fd 3 --sandbox none", "unknown option --sandbox"),
+        ("a --fd 3 -r", "unknown option -r"),
+    ],
+)
+def test_arguments_that_make_no_sense(line: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        parse(line.split())
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "--socket PATH" in capsys.readouterr().out
+
+
+# --- one clear line ------------------------------------------------------------------------------
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run what must fail; returns its one line."""
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_what_cannot_be_shared(capsys: pytest.CaptureFixture[str], home: Path) -> None:
+    line = failure(capsys, f"{home}/missing", "--socket", f"{home}/s")
+
+    assert line == (f"vfsmount serve: cannot share {home}/missing: No such file or directory\n")
+    assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing/s", "No such file or directory"),
+        ("x" * 120, "too long"),
+        ("file", "it exists and is no socket"),
+        ("live", "another process does"),
+    ],
+)
+def test_where_nobody_can_listen(
+    capsys: pytest.CaptureFixture[str], home: Path, name: str, reason: str
+) -> None:
+    (home / "file").touch()
+    with socket.socket(socket.AF_UNIX) as live:
+        live.bind(f"{home}/live")
+        live.listen()
+        live.setblocking(False)
+        line = failure(capsys, str(home), "--socket", f"{home}/{name}")
+        with pytest.raises(BlockingIOError):
+            live.accept()  # and whoever listens there was left alone
+
+    assert line.startswith(f"vfsmount serve: cannot listen on {home}/{name[:5]}")
+    assert reason in line
+
+
+@pytest.mark.parametrize("path", ["", "\0abstract", "nul\0"])
+def test_what_is_no_path(capsys: pytest.CaptureFixture[str], home: Path, path: str) -> None:
+    assert "no path" in failure(capsys, str(home), "--socket", path)
+
+
+def test_descriptors_that_do_not_listen(capsys: pytest.CaptureFixture[str], home: Path) -> None:
+    assert "no socket" in failure(capsys, str(home), "--fd", "999")
+    with (
+        socket.socket(socket.AF_UNIX) as idle,
+        socket.socket() as other,
+        (home / "f").open("w") as f,
+    ):
+        for fd in (idle.fileno(), other.fileno()):
+            assert "no listening UNIX" in failure(capsys, str(home), "--fd", str(fd))
+        assert "no socket" in failure(capsys, str(home), "--fd", str(f.fileno()))
+
+
+# --- the process ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_orderly_end(home: Path, number: signal.Signals) -> None:
+    with daemon(str(home), "--socket", f"{home}/s") as process, connect(home / "s") as guest:
+        guest.handshake()
+        guest.init()
+        assert guest.getattr(ROOT).ino == home.stat().st_ino
+        process.send_signal(number)
+
+        assert process.wait(DEADLINE) == 0
+        assert guest.is_disconnected()
+        assert not (home / "s").exists()
+
+
+def test_socket_is_private(home: Path) -> None:
+    with daemon(str(home), "--socket", f"{home}/s"):
+        assert (home / "s").stat().st_mode & 0o077 == 0
+
+
+def test_stale_socket_is_replaced(home: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(f"{home}/s")
+    with daemon(str(home), "--socket", f"{home}/s"), connect(home / "s") as guest:
+        guest.handshake()
+
+
+def test_a_killed_daemon_can_be_started_again(home: Path) -> None:
+    for _ in range(2):
+        with daemon(str(home), "--socket", f"{home}/s"), connect(home / "s") as guest:
+            guest.handshake()
+    assert (home / "s").exists()
+
+
+def test_another_daemons_socket_is_left_alone(home: Path) -> None:
+    with daemon(str(home), "--socket", f"{home}/s") as process:
+        (home / "s").unlink()
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(f"{home}/s")
+            process.terminate()
+            assert process.wait(DEADLINE) == 0
+            assert (home / "s").exists()
+
+
+def test_inherited_socket(home: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{home}/s")
+        listener.listen()
+        with (
+            daemon(str(home), "--fd", str(listener.fileno()), fds=(listener.fileno(),)) as process,
+            connect(home / "s") as guest,
+        ):
+            guest.handshake()
+            process.terminate()
+            assert process.wait(DEADLINE) == 0
+    assert (home / "s").exists(), "its file is not ours"
+
+
+def test_once(home: Path) -> None:
+    with daemon(str(home), "--socket", f"{home}/s", "--once") as process:
+        with connect(home / "s") as guest:
+            guest.handshake()
+        assert process.wait(DEADLINE) == 0
+    assert not (home / "s").exists()
+
+
+def test_guests_come_and_go_and_descriptors_with_them(home: Path) -> None:
+    (home / "dir").mkdir()
+    for number in range(30):
+        (home / "dir" / str(number)).touch()
+    with daemon(str(home), "--socket", f"{home}/s") as process:
+        folder = Path(f"/proc/{process.pid}/fd")
+        before = len(list(folder.iterdir()))
+        for _ in range(3):
+            with connect(home / "s") as one, connect(home / "s") as two:
+                for guest in (one, two):
+                    guest.handshake()
+                    guest.init()
+                    guest.readdirplus(guest.opendir(guest.walk("dir")), size=32768)
+                assert len(list(folder.iterdir())) > before + 60
+            wait_until(
+                lambda: len(list(folder.iterdir())) == before, DEADLINE, "descriptors to be closed"
+            )
+
+
+def test_a_broken_guest_is_one_line_in_the_log(home: Path) -> None:
+    with daemon(str(home), "--socket", f"{home}/s") as process:
+        with connect(home / "s") as guest:
+            guest.send_raw(b"\xff" * 12)
+            assert guest.is_disconnected()
+        with connect(home / "s") as guest:
+            guest.handshake()
+        process.terminate()
+        assert process.wait(DEADLINE) == 0
+        assert process.stderr is not None
+        log = process.stderr.read().decode()
+    assert log == (
+        "vfsmount serve: WARNING: guest 1: vhost-user version 3, expected 1; "
+        "closing its connection\n"
+    )
+
+
+def test_it_starts_without_an_event_loop() -> None:
+    code = (
+        "import sys, vfsmount.hostd.cli\n"
+        "heavy = {'trio', 'pyfuse3', 'asyncio', 'argparse', 'vfsmount.client'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, cwd=REPOSITORY, check=True
+    )
+    assert found.stdout == b"[]\n"

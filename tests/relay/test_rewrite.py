@@ -1,0 +1,351 @@
+"""What the relay changes on the way, message by message, without any I/O."""
+
+from __future__ import annotations
+
+import mmap
+import stat
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vfsmount.cache.policy import CachePolicy
+from vfsmount.client.relay_rewrite import (
+    CapabilityMemory,
+    SetIdMemory,
+    asks_for_capability,
+    flags_to_withdraw,
+    init_answer,
+    largest_request,
+    negative_entry,
+    reply_rewriters,
+    room_for_reply,
+    wants_set_id_cleared,
+)
+from vfsmount.client.session import InitFacts
+from vfsmount.wire import fuse
+from vfsmount.wire.fuse import InitFlag, Opcode, OpenOutFlag
+
+SIZE = 1 << 17
+AT = 4016
+
+NONE = CachePolicy.for_mode("none")
+AUTO = CachePolicy.for_mode("auto", 1.5)
+ALWAYS = CachePolicy.for_mode("always")
+
+ATTR = fuse.Attr(7, 100, 8, 1, 2, 3, 4, 5, 6, 0o100644, 1, 0, 0, 0, 4096, 0)
+ENTRY = fuse.EntryOut(42, 0, 86400, 86400, 5, 5, ATTR)
+
+
+def memory_with(data: bytes, at: int = AT) -> mmap.mmap:
+    memory = mmap.mmap(-1, SIZE)
+    memory[at : at + len(data)] = data
+    return memory
+
+
+def rewritten(policy: CachePolicy, opcode: Opcode, body: bytes) -> bytes:
+    memory = memory_with(body)
+    reply_rewriters(policy)[opcode](memory, AT, len(body), 42)
+    assert memory[AT + len(body) : AT + len(body) + 64] == bytes(64), "wrote behind the reply"
+    assert memory[AT - 64 : AT] == bytes(64), "wrote before the reply"
+    return memory[AT : AT + len(body)]
+
+
+# --- INIT ---
+
+
+def facts(flags: InitFlag, minor: int = 38) -> InitFacts:
+    return InitFacts(minor, flags, 1 << 20, 1 << 20, 1 << 20, 1, 0)
+
+
+def kernel(flags: InitFlag, minor: int = 45) -> fuse.InitIn:
+    return fuse.InitIn(7, minor, 131072, *fuse.split_flags(flags | InitFlag.INIT_EXT))
+
+
+EVERYTHING = InitFlag(sum(InitFlag))
+
+
+def told(offered: InitFlag, accepted: InitFlag, policy: CachePolicy = AUTO) -> InitFlag:
+    answer = init_answer(kernel(offered), facts(accepted), policy)
+    return fuse.join_flags(answer.flags, answer.flags2)
+
+
+def test_only_what_both_have_reaches_the_kernel() -> None:
+    accepted = InitFlag.ASYNC_READ | InitFlag.POSIX_LOCKS | InitFlag.FLOCK_LOCKS
+
+    flags = told(InitFlag.ASYNC_READ | InitFlag.POSIX_LOCKS, accepted)
+
+    assert flags & accepted == InitFlag.ASYNC_READ | InitFlag.POSIX_LOCKS
+
+
+def test_what_dev_fuse_cannot_is_hidden() -> None:
+    hidden = InitFlag.SUBMOUNTS | InitFlag.MAP_ALIGNMENT | InitFlag.ALLOW_IDMAP
+    hidden |= InitFlag.NO_OPEN_SUPPORT | InitFlag.NO_OPENDIR_SUPPORT | InitFlag.PASSTHROUGH
+
+    assert not told(EVERYTHING, EVERYTHING) & hidden
+
+
+def test_what_the_kernel_can_alone_is_added() -> None:
+    flags = told(EVERYTHING, InitFlag(0))
+
+    assert InitFlag.DIRECT_IO_ALLOW_MMAP in flags
+    assert InitFlag.MAX_PAGES in flags
+    assert not flags & (InitFlag.POSIX_LOCKS | InitFlag.POSIX_ACL | InitFlag.WRITEBACK_CACHE)
+
+
+def test_writeback_needs_policy_and_daemon() -> None:
+    policy = CachePolicy.for_mode("auto", writeback=True)
+
+    assert InitFlag.WRITEBACK_CACHE in told(EVERYTHING, EVERYTHING, policy)
+    assert InitFlag.WRITEBACK_CACHE not in told(EVERYTHING, EVERYTHING, AUTO)
+    assert InitFlag.WRITEBACK_CACHE not in told(EVERYTHING, InitFlag(0), policy)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "expected"),
+    [
+        (InitFlag(0), InitFlag(0)),
+        (InitFlag.HANDLE_KILLPRIV, InitFlag.HANDLE_KILLPRIV | InitFlag.ATOMIC_O_TRUNC),
+        (
+            InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2,
+            InitFlag.HANDLE_KILLPRIV_V2 | InitFlag.ATOMIC_O_TRUNC,
+        ),
+    ],
+)
+def test_set_id_bits_are_somebodys_business(accepted: InitFlag, expected: InitFlag) -> None:
+    """Without a daemon that clears them, an O_TRUNC must be a SETATTR, which the kernel sees to."""
+    kinds = InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2 | InitFlag.ATOMIC_O_TRUNC
+
+    assert told(EVERYTHING, accepted | InitFlag.ATOMIC_O_TRUNC) & kinds == expected
+
+
+def test_limits_are_the_daemons() -> None:
+    answer = init_answer(kernel(EVERYTHING), facts(EVERYTHING), AUTO)
+
+    assert (answer.major, answer.minor) == (7, 38)
+    assert answer.max_write == 1 << 20
+    assert answer.max_pages == 256
+    assert answer.max_readahead == 131072
+    assert init_answer(kernel(EVERYTHING, 31), facts(EVERYTHING), AUTO).minor == 31
+
+
+def test_flags_that_change_requests_are_withdrawn_from_the_daemon() -> None:
+    accepted = InitFlag.SETXATTR_EXT | InitFlag.SECURITY_CTX | InitFlag.ASYNC_READ
+
+    assert flags_to_withdraw(EVERYTHING, facts(accepted)) == InitFlag(0)
+    assert flags_to_withdraw(InitFlag.SETXATTR_EXT, facts(accepted)) == InitFlag.SECURITY_CTX
+
+
+def test_reads_are_large_enough_for_the_kernel() -> None:
+    assert largest_request(4096) == 8192
+    assert largest_request(1 << 20) == (1 << 20) + 80
+
+
+# --- room for replies ---
+
+
+def request(opcode: int, body: bytes = b"") -> mmap.mmap:
+    return memory_with(fuse.encode_request(opcode, 2, 42, body))
+
+
+@pytest.mark.parametrize(
+    ("opcode", "body", "room"),
+    [
+        (Opcode.LOOKUP, b"name\0", 144),
+        (Opcode.GETATTR, bytes(16), 120),
+        (Opcode.OPEN, bytes(8), 32),
+        (Opcode.CREATE, bytes(16) + b"name\0", 160),
+        (Opcode.WRITE, bytes(40), 24),
+        (Opcode.UNLINK, b"name\0", 16),
+        (Opcode.READLINK, b"", 16 + 4096),
+        (Opcode.READ, fuse.READ_IN.values(1, 0, 5000, 0, 0, 0), 5016),
+        (Opcode.READDIRPLUS, fuse.READ_IN.values(1, 0, 32768, 0, 0, 0), 32784),
+        (Opcode.GETXATTR, fuse.GETXATTR_IN.values(77) + b"user.x\0", 93),
+        (Opcode.GETXATTR, fuse.GETXATTR_IN.values(0) + b"user.x\0", 24),
+        (Opcode.LISTXATTR, fuse.GETXATTR_IN.values(0), 24),
+        (Opcode.IOCTL, fuse.IOCTL_IN.values(1, 0, 2, 3, 4, 100), 132),
+        (Opcode.STATX, bytes(24), 304),
+        (Opcode.LSEEK, bytes(24), 24),
+        (Opcode.FORGET, bytes(8), 0),
+    ],
+)
+def test_room(opcode: Opcode, body: bytes, room: int) -> None:
+    assert room_for_reply(opcode, request(opcode, body), AT) == room
+
+
+def test_an_opcode_of_the_future_gets_room() -> None:
+    for opcode in (7, 60, 99, 4096, 1 << 31):
+        assert room_for_reply(opcode, request(opcode), AT) >= 16 + 288
+
+
+# --- validity and open flags ---
+
+
+@pytest.mark.parametrize("policy", [NONE, AUTO, ALWAYS], ids=lambda policy: policy.name)
+@pytest.mark.parametrize(
+    "opcode", [Opcode.LOOKUP, Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK]
+)
+def test_entries_get_the_policys_validity(policy: CachePolicy, opcode: Opcode) -> None:
+    entry = fuse.ENTRY_OUT.unpack(rewritten(policy, opcode, fuse.ENTRY_OUT.pack(ENTRY)))
+
+    assert entry.entry_valid + entry.entry_valid_nsec / 1e9 == policy.entry_timeout
+    assert entry.attr_valid + entry.attr_valid_nsec / 1e9 == policy.attr_timeout
+    assert (entry.nodeid, entry.attr) == (ENTRY.nodeid, ENTRY.attr)
+
+
+@pytest.mark.parametrize("policy", [NONE, AUTO, ALWAYS], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("opcode", [Opcode.GETATTR, Opcode.SETATTR])
+def test_attributes_get_the_policys_validity(policy: CachePolicy, opcode: Opcode) -> None:
+    body = fuse.ATTR_OUT.pack(fuse.AttrOut(86400, 9, ATTR))
+
+    out = fuse.ATTR_OUT.unpack(rewritten(policy, opcode, body))
+
+    assert out.attr_valid + out.attr_valid_nsec / 1e9 == policy.attr_timeout
+    assert out.attr == ATTR
+
+
+def test_a_daemons_own_negative_entry_gets_the_negative_timeout() -> None:
+    body = fuse.ENTRY_OUT.pack(ENTRY._replace(nodeid=0))
+
+    entry = fuse.ENTRY_OUT.unpack(rewritten(AUTO, Opcode.LOOKUP, body))
+
+    assert entry.entry_valid + entry.entry_valid_nsec / 1e9 == AUTO.negative_timeout
+
+
+@pytest.mark.parametrize(
+    ("policy", "file", "folder"),
+    [
+        (NONE, OpenOutFlag.DIRECT_IO, 0),
+        (AUTO, 0, 0),
+        (ALWAYS, OpenOutFlag.KEEP_CACHE, OpenOutFlag.KEEP_CACHE | OpenOutFlag.CACHE_DIR),
+    ],
+    ids=["none", "auto", "always"],
+)
+@pytest.mark.parametrize("theirs", [0, 0x1, 0x2, 0xB])
+def test_open_flags(policy: CachePolicy, file: int, folder: int, theirs: int) -> None:
+    kept = OpenOutFlag.NONSEEKABLE | OpenOutFlag.NOFLUSH
+    body = fuse.OPEN_OUT.values(5, theirs | kept, 0)
+
+    opened = fuse.OPEN_OUT.unpack(rewritten(policy, Opcode.OPEN, body))
+    opened_dir = fuse.OPEN_OUT.unpack(rewritten(policy, Opcode.OPENDIR, body))
+    created = rewritten(policy, Opcode.CREATE, fuse.ENTRY_OUT.pack(ENTRY) + body)
+
+    assert opened.open_flags == file | kept
+    assert opened_dir.open_flags == folder | kept
+    assert opened.fh == 5
+    assert fuse.OPEN_OUT.unpack(created, fuse.ENTRY_OUT.size) == opened
+
+
+def test_each_record_of_a_listing_gets_the_policys_validity() -> None:
+    names = [b"a", b"seven77", b"eight888", b"x" * 255]
+    body = b"".join(
+        fuse.encode_direntplus(ENTRY._replace(nodeid=number), 9, number, 8, name)
+        for number, name in enumerate(names)
+    )
+
+    found = list(fuse.iter_direntplus(rewritten(AUTO, Opcode.READDIRPLUS, body)))
+
+    assert [record.name for record in found] == names
+    assert {record.entry.entry_valid for record in found} == {1}
+    assert {record.entry.attr_valid_nsec for record in found} == {500_000_000}
+
+
+@given(
+    opcode=st.sampled_from(sorted(reply_rewriters(AUTO))),
+    body=st.binary(max_size=700),
+    policy=st.sampled_from([NONE, AUTO, ALWAYS]),
+)
+def test_no_reply_makes_a_rewriter_leave_its_bytes(
+    opcode: int, body: bytes, policy: CachePolicy
+) -> None:
+    rewritten(policy, Opcode(opcode), body)
+
+
+def test_negative_entry() -> None:
+    assert negative_entry(NONE) is None
+    body = negative_entry(AUTO)
+    assert body is not None
+    entry = fuse.ENTRY_OUT.unpack(body)
+    assert (entry.nodeid, entry.entry_valid, entry.entry_valid_nsec) == (0, 1, 500_000_000)
+
+
+# --- security.capability ---
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [(b"security.capability", True), (b"security.capabilit", False), (b"user.x", False)],
+)
+def test_asks_for_capability(name: bytes, expected: bool) -> None:
+    message = fuse.encode_request(
+        Opcode.GETXATTR, 2, 42, fuse.GETXATTR_IN.values(20) + name + b"\0"
+    )
+
+    assert asks_for_capability(memory_with(message), AT, len(message)) is expected
+
+
+def test_absence_of_a_capability_is_remembered_for_a_while() -> None:
+    memory = CapabilityMemory(1.5)
+    memory.note_absent(42, 10.0)
+
+    assert memory.is_absent(42, 11.4)
+    assert not memory.is_absent(43, 11.4)
+    assert not memory.is_absent(42, 11.5)
+    assert len(memory) == 0
+
+
+def test_absence_is_forgotten_when_something_changes() -> None:
+    memory = CapabilityMemory(1e9)
+    memory.note_absent(42, 10.0)
+    memory.drop(42)
+
+    assert not memory.is_absent(42, 10.0)
+
+
+def test_nothing_is_remembered_where_attributes_are_never_valid() -> None:
+    memory = CapabilityMemory(0.0)
+    memory.note_absent(42, 10.0)
+
+    assert len(memory) == 0
+
+
+# --- set-id bits ---
+
+
+@pytest.mark.parametrize(
+    ("mode", "left"),
+    [
+        (0o104755, 0o755),
+        (0o106777, 0o777),
+        (0o102711, 0o711),
+        (0o102701, None),  # sgid without group execute is mandatory locking
+        (0o100755, None),
+        (0o042755, None),  # a folder's sgid is something else
+    ],
+)
+def test_what_a_write_leaves_of_a_mode(mode: int, left: int | None) -> None:
+    memory = SetIdMemory()
+    memory.see(42, mode)
+
+    assert memory.mode_to_set(42) == left
+    assert memory.mode_to_set(42) is None
+
+
+def test_modes_are_seen_in_all_replies_that_have_them() -> None:
+    entry = ENTRY._replace(attr=ATTR._replace(mode=stat.S_IFREG | 0o4755))
+    bodies = {
+        Opcode.LOOKUP: fuse.ENTRY_OUT.pack(entry),
+        Opcode.GETATTR: fuse.ATTR_OUT.pack(fuse.AttrOut(0, 0, entry.attr)),
+        Opcode.READDIRPLUS: fuse.encode_direntplus(entry, 9, 1, 8, b"name"),
+        Opcode.CREATE: fuse.ENTRY_OUT.pack(entry) + fuse.OPEN_OUT.values(1, 0, 0),
+    }
+    for opcode, body in bodies.items():
+        modes = SetIdMemory()
+        reply_rewriters(NONE, modes)[opcode](memory_with(body), AT, len(body), 42)
+        assert modes.mode_to_set(42) == 0o755, opcode.name
+
+
+def test_who_writes() -> None:
+    for flags, expected in ((0, False), (fuse.WriteFlag.KILL_SUIDGID, True)):
+        body = fuse.WRITE_IN.values(1, 0, 4, flags, 0, 0) + b"data"
+        assert wants_set_id_cleared(request(Opcode.WRITE, body), AT) is expected
