@@ -141,4 +141,4 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 ArenaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
-TestArena = ArenaMachine.TestCase
+TestArena = pytest.mark.slow(ArenaMachine.TestCase)

@@ -97,6 +97,7 @@ def test_submit_reap_free(indirect: bool) -> None:
 
         assert done == [one]
         assert one.state == DONE
+        assert list(it.queue.outstanding()) == []
         assert it.memory.map[one.data_at : one.data_at + one.length] == b"reply"
         it.arena.free(one.block)
         assert it.arena.used_bytes == 0

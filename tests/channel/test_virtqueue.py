@@ -57,11 +57,13 @@ class Pair:
 
     def round_trip(self) -> tuple[int, int]:
         """One chain there and back."""
+        assert not self.driver.has_used()
         self.driver.add_chain([(0, 40, False), (64, 16, True)])
         self.driver.publish()
         chain = self.device.take()
         assert chain is not None
         self.device.use(chain.head, 16)
+        assert self.driver.has_used()
         assert self.driver.used_count() == 1
         return self.driver.take_used()
 
@@ -189,6 +191,7 @@ def test_without_event_idx_the_flags_speak() -> None:
     assert pair.device.use(chain.head, 0)
 
 
+@pytest.mark.slow
 def test_70000_round_trips_pass_65535() -> None:
     pair = Pair(4, start=60000)
     for _ in range(70000):
@@ -363,4 +366,4 @@ class RingMachine(RuleBasedStateMachine):
 
 
 RingMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
-TestRing = RingMachine.TestCase
+TestRing = pytest.mark.slow(RingMachine.TestCase)

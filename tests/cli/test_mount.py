@@ -104,7 +104,7 @@ class TestAnyDaemon:
             (mnt / "hello").read_text()
             status = mount.status()
             table = command("status", mnt).stdout
-        assert status["engine"] == "pyfuse3"
+        assert status["engine"] == "relay"
         assert status["state"] == "serving"
         assert status["pid"] == mount.process.pid
         assert status["cache"]["mode"] == "none"

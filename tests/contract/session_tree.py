@@ -445,6 +445,10 @@ class SessionTree:
 
     # --- who -------------------------------------------------------------------------------------
 
+    def below(self, name: bytes) -> SessionTree:
+        """The tree of a folder in this one."""
+        return SessionTree(self._thread, os.path.join(self._root, name))
+
     @contextmanager
     def umask(self, mask: int) -> Iterator[None]:
         before, self._umask = self._umask, mask

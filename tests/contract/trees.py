@@ -125,6 +125,7 @@ class Tree(Protocol):
     def listxattr_size(self, name: bytes) -> int: ...
     def removexattr(self, name: bytes, key: bytes) -> None: ...
 
+    def below(self, name: bytes) -> Tree: ...
     def umask(self, mask: int) -> AbstractContextManager[None]: ...
     def caller(
         self, uid: int, gid: int, groups: tuple[int, ...] = ()
@@ -284,6 +285,10 @@ class PathTree:
 
     def removexattr(self, name: bytes, key: bytes) -> None:
         os.removexattr(self.path(name), key, follow_symlinks=False)
+
+    def below(self, name: bytes) -> PathTree:
+        """The tree of a folder in this one."""
+        return PathTree(self.path(name))
 
     @contextmanager
     def umask(self, mask: int) -> Iterator[None]:

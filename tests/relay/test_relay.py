@@ -131,7 +131,7 @@ async def test_more_than_the_ring_holds_wait(features: int) -> None:
         sent = {stage.send(Opcode.UNLINK, 1, b"name\0") for _ in range(30)}
         room = 8 if features == ALL_FEATURES else 4
         answered = 0
-        received = set()
+        received: set[int] = set()
         while len(received) < 30:
             await keeper.wait_kept(answered + min(room, 30 - answered))
             for request in keeper.kept[answered:]:

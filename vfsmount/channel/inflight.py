@@ -7,15 +7,15 @@ One request is one block of the arena:
 * from ``writable_at``: ``fuse_out_header``, reply body (device-writable)
 
 The table touches the header so that one ``struct`` call writes both. Payloads and replies of a page
-and more start on a page: blocks of that size are whole pages, so this costs nothing, and the kernel
-copies to an aligned address (1 MiB: 8 % faster).
+and more start on a page: blocks of that size are whole pages, so this costs nothing, and copying
+1 MiB to the start of a page takes 33 us, to anywhere else 46.
 
 A reply is hostile until ``check_reply`` has passed it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from vfsmount.errors import ProtocolViolation
 from vfsmount.wire.fuse import IN_HEADER, OUT_HEADER, Opcode, opcode_name
@@ -33,7 +33,6 @@ __all__ = [
     "POSTED",
     "SENT",
     "Pending",
-    "Placement",
     "check_reply",
     "place",
 ]
@@ -148,21 +147,16 @@ class Pending:
         return f"{opcode_name(self.opcode)} of node {self.nodeid}"
 
 
-class Placement(NamedTuple):
-    """Offsets inside a block: both parts, and the bytes needed in all."""
-
-    readable_at: int
-    writable_at: int
-    size: int
-
-
-def place(body_size: int, payload_size: int, reply_size: int) -> Placement:
+def place(body_size: int, payload_size: int, reply_size: int) -> tuple[int, int, int]:
     """Lay a request out in its block.
 
     Args:
         body_size: Bytes between header and payload.
         payload_size: Bytes of payload.
         reply_size: Bytes of reply body, -1 for no reply.
+
+    Returns:
+        ``readable_at``, ``writable_at``, and the bytes needed in all.
     """
     readable_at = TABLE_ROOM
     if payload_size >= _PAGE:
@@ -173,8 +167,8 @@ def place(body_size: int, payload_size: int, reply_size: int) -> Placement:
     elif reply_size >= 0:
         writable_at = end + _CACHE_LINE - 1 & -_CACHE_LINE
     else:
-        return Placement(readable_at, end, end)
-    return Placement(readable_at, writable_at, writable_at + _OUT + reply_size)
+        return readable_at, end, end
+    return readable_at, writable_at, writable_at + _OUT + reply_size
 
 
 def check_reply(pending: Pending, written: int, size: int, error: int, unique: int) -> None:

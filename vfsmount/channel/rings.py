@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DriverQueue", "PollBudget"]
 
-#: Two descriptors and ``fuse_in_header``, in one call: 0.25 us, in three it is 0.45.
+#: Two descriptors and ``fuse_in_header`` in one call: 0.21 us, in two it is 0.27.
 _TABLE_AND_HEADER: Final = struct.Struct("<QIHHQIHHIIQQIIIH2x").pack_into
 _TABLE: Final = struct.Struct("<QIHHQIHH").pack_into
 _TABLE_SIZE: Final = 32
@@ -312,7 +312,8 @@ class DriverQueue:
     def reap(self, done: list[Pending]) -> None:
         """Take everything that the device has used; add it to ``done``.
 
-        Their state becomes DONE, or stays ABANDONED or POSTED. ``done`` is right even when this raises.
+        Their state becomes DONE, or stays ABANDONED or POSTED. ``done`` is right even when this
+        raises.
 
         Raises:
             ProtocolViolation: The device broke a rule; the queue must not be used any more.

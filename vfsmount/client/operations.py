@@ -94,13 +94,20 @@ def _handler(
         except FUSEError:
             raise
         except VfsmountError as error:
-            raise FUSEError(self._errno_of(method.__name__, error)) from None
+            raise FUSEError(_errno_of(method.__name__, error)) from None
         except Exception:
             # Top of a request: a bug in one handler must not take the whole mount down.
             log.exception("internal error in %s, answered with EIO", method.__name__)
             raise FUSEError(errno.EIO) from None
 
     return handler
+
+
+def _errno_of(method: str, error: VfsmountError) -> int:
+    # The channel has told of its end already, once for all.
+    if not isinstance(error, ChannelBroken | ChannelClosed):
+        log.error("%s failed: %s", method, error)
+    return next(number for kind, number in _ERRNO_OF if isinstance(error, kind))
 
 
 class _File:
@@ -138,18 +145,11 @@ class VirtioFsOperations(pyfuse3.Operations):
     Args:
         session: Where requests go.
         policy: What the kernel may keep, and for how long.
-        on_lost: Called once, with the cause, when a request finds the channel broken.
     """
 
     supports_dot_lookup = False
 
-    def __init__(
-        self,
-        session: Session,
-        policy: CachePolicy,
-        *,
-        on_lost: Callable[[ChannelBroken], None] | None = None,
-    ) -> None:
+    def __init__(self, session: Session, policy: CachePolicy) -> None:
         super().__init__()
         flags = session.facts.flags
         self.enable_writeback_cache = policy.writeback
@@ -157,22 +157,12 @@ class VirtioFsOperations(pyfuse3.Operations):
         self.nodes = NodeTable()
         self._session = session
         self._policy = policy
-        self._on_lost = on_lost
         self._files: dict[int, _File] = {}
         self._directories: dict[int, _Directory] = {}
         self._last_fh = 0
         self._killpriv_v2 = InitFlag.HANDLE_KILLPRIV_V2 in flags
         self._killpriv = bool(flags & (InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2))
         self._supp_group = InitFlag.CREATE_SUPP_GROUP in flags
-
-    def _errno_of(self, method: str, error: VfsmountError) -> int:
-        if isinstance(error, ChannelBroken):
-            if self._on_lost is not None:
-                report, self._on_lost = self._on_lost, None
-                report(error)
-        elif not isinstance(error, ChannelClosed):
-            log.error("%s failed: %s", method, error)
-        return next(number for kind, number in _ERRNO_OF if isinstance(error, kind))
 
     # --- names -----------------------------------------------------------------------------------
 
@@ -203,8 +193,8 @@ class VirtioFsOperations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Make a node of any type."""
         parent = self.nodes[parent_inode]
-        # struct stat's dev_t has 64 bits, the wire has the kernel's 32 (new_encode_dev).
-        device = _encode_dev(rdev)
+        # struct stat's dev_t has 64 bits, the wire has the kernel's 32 (newencode_dev).
+        device = encode_dev(rdev)
         group = self._group(parent, ctx)
         umask = ctx.umask
         return self._enter(
@@ -602,7 +592,7 @@ class VirtioFsOperations(pyfuse3.Operations):
         out.st_uid = attr.uid
         out.st_gid = attr.gid
         if attr.rdev:
-            out.st_rdev = _decode_dev(attr.rdev)
+            out.st_rdev = decode_dev(attr.rdev)
         out.st_size = attr.size
         out.st_blksize = attr.blksize
         out.st_blocks = attr.blocks
@@ -635,12 +625,12 @@ class VirtioFsOperations(pyfuse3.Operations):
         node.saw(reply.attr)
 
 
-def _encode_dev(rdev: int) -> int:
-    """The kernel's new_encode_dev(): minor bits 0-7 and 20-31, major bits 8-19."""
+def encode_dev(rdev: int) -> int:
+    """The kernel's newencode_dev(): minor bits 0-7 and 20-31, major bits 8-19."""
     major, minor = os.major(rdev), os.minor(rdev)
     return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
 
 
-def _decode_dev(encoded: int) -> int:
-    """The kernel's new_decode_dev()."""
+def decode_dev(encoded: int) -> int:
+    """The kernel's newdecode_dev()."""
     return os.makedev((encoded & 0xFFF00) >> 8, (encoded & 0xFF) | ((encoded >> 12) & 0xFFF00))

@@ -57,7 +57,7 @@ from vfsmount.client.relay_undo import undo_late_reply
 from vfsmount.client.session import setattr_in
 from vfsmount.errors import ProtocolViolation, VfsmountError
 from vfsmount.wire import fuse
-from vfsmount.wire.fuse import Opcode
+from vfsmount.wire.fuse import LockType, Opcode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +84,9 @@ _IN: Final = fuse.IN_HEADER.size
 _OUT: Final = fuse.OUT_HEADER.size
 _IN_HEADER: Final = struct.Struct("<IIQQ").unpack_from  # len, opcode, unique, nodeid
 _PID: Final = struct.Struct("<I").unpack_from
+_OPCODE_AT: Final = 4
 _PID_AT: Final = 32
+_PUT_U32: Final = struct.Struct("<I").pack_into
 _U64: Final = struct.Struct("<Q").unpack_from
 _PUT_OUT_HEADER: Final = struct.Struct("<IiQ").pack_into
 _FORGET_ONE: Final = struct.Struct("<QQ").unpack_from
@@ -447,8 +449,12 @@ class Relay:
         self._interrupts.note_lock(nodeid, self._lock_of(slot))
         return False
 
-    def _take_lock_wait(self, slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
+    def _take_lock_wait(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
         lock = self._lock_of(slot)
+        if fuse.LK_IN.unpack(lock).type == LockType.UNLOCK:
+            # Never waits; virtiofsd (C), which has no waiting, refuses it all the same.
+            _PUT_U32(self._map, at + _OPCODE_AT, Opcode.SETLK)
+            return False
         orphan = self._interrupts.adopt(nodeid, lock)
         if orphan is None:
             self._interrupts.note_lock(nodeid, lock)

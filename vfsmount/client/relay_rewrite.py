@@ -8,6 +8,7 @@ the complete list of exceptions:
 * "No such name" becomes a negative entry where the policy remembers absence (``negative_entry``).
 * Set-id bits are taken off before a write that must clear them, where the daemon will not
   (``SetIdMemory``).
+* An unlock that may wait (SETLKW) becomes one that may not (SETLK).
 * ``security.capability``, for which the kernel asks before each write, is answered from memory once
   it is known to be absent (``CapabilityMemory``).
 

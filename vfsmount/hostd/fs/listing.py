@@ -15,8 +15,8 @@ import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfsmount.hostd import syscalls
-from vfsmount.hostd.fs.attributes import direntplus, direntplus_unknown
-from vfsmount.wire.fuse import DIRENT, ENTRY_OUT, FsyncFlag, encode_dirent
+from vfsmount.hostd.fs.attributes import dirent, direntplus, direntplus_unknown
+from vfsmount.wire.fuse import DIRENT, ENTRY_OUT, FsyncFlag
 from vfsmount.wire.fuse_structs import OPEN_OUT
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def readdir(session: Session, request: Request) -> bytes:
     records: list[bytes] = []
     room = args.size
     while (entry := handle.peek(session.dirent_buffer)) is not None:
-        record = encode_dirent(_shown_ino(handle, entry), entry.cookie, entry.kind, entry.name)
+        record = dirent(_shown_ino(handle, entry), entry.cookie, entry.kind, entry.name)
         room -= len(record)
         if room < 0:
             break
