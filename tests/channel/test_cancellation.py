@@ -120,6 +120,8 @@ async def test_who_waits_behind_a_cancelled_one_goes_on() -> None:
 
         large.cancel()
 
+        # At once: sooner than the look at mute requests would notice.
+        await wait_until_async(lambda: channel.statistics().waiting == 0, 0.5, "the second")
         second = (await hoard.wait(2))[1]
         assert second.header.nodeid == 2
         for request in hoard.requests:

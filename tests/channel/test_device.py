@@ -243,6 +243,22 @@ async def test_nobody_overtakes_who_waits_for_room() -> None:
     assert [request.header.nodeid for request in hoard.requests] == [0, 1, 2, 3]
 
 
+async def test_no_calls_while_somebody_looks_anyway() -> None:
+    hoard = Hoard()
+
+    def serve(request: DeviceRequest) -> None:
+        hoard(request) if request.header.nodeid == 1 else request.reply()
+
+    device = FakeDevice(serve)
+    async with opened(device, poll_us=50_000) as channel, trio.open_nursery() as nursery:
+        nursery.start_soon(getattr_request, channel, 1)
+        (slow,) = await hoard.wait(1)
+        for _ in range(100):
+            await getattr_request(channel, 2)
+        assert device.calls < 20
+        slow.reply()
+
+
 async def test_other_tasks_live_beside_quick_requests() -> None:
     ticks = 0
 
@@ -280,6 +296,23 @@ async def test_view_of_the_reply(poll_us: int) -> None:
         with pytest.raises(ValueError, match="released"):
             bytes(second)
         assert channel.statistics().arena_used == 0
+
+
+async def test_views_that_two_tasks_waited_for() -> None:
+    hoard = Hoard()
+    async with opened(FakeDevice(hoard), poll_us=0) as channel:
+        async with trio.open_nursery() as nursery:
+            for _ in range(2):
+                nursery.start_soon(ask_for_view, channel)
+            for request in await hoard.wait(2):
+                request.reply(b"x" * 5000)
+        channel.forget(5, 1)
+        assert channel.statistics().arena_used == 0, "one of two loans was forgotten"
+        (await hoard.wait(3))[2].use(0)
+
+
+async def ask_for_view(channel: Channel) -> None:
+    await channel.request_view(Opcode.READ, 1, b"", reply_size=5000)
 
 
 async def test_view_of_an_error() -> None:

@@ -12,6 +12,7 @@ import trio
 import trio.lowlevel
 
 from tests.channel.support import Hoard, getattr_request, opened
+from tests.support.wait import wait_until_async
 from vfsmount.channel import ChannelOptions
 from vfsmount.errors import ChannelBroken, ChannelClosed, ProtocolViolation
 from vfsmount.testing import DeviceRequest, FakeDevice, Reaction
@@ -74,7 +75,8 @@ LIES: dict[str, tuple[Lie, str]] = {
 async def test_lie(lie: str, poll_us: int, expect_log: Callable[[str], None]) -> None:
     serve, complaint = LIES[lie]
     expect_log("the channel to the daemon has ended: ")
-    async with opened(FakeDevice(serve), poll_us=poll_us) as channel:
+    device = FakeDevice(serve)
+    async with opened(device, poll_us=poll_us) as channel:
         with pytest.raises(ProtocolViolation, match=complaint) as caught:
             await getattr_request(channel)
         assert "\n" not in str(caught.value)
@@ -87,6 +89,7 @@ async def test_lie(lie: str, poll_us: int, expect_log: Callable[[str], None]) ->
             await channel.request_raw([b"x"])
         channel.forget(1, 1)
         assert isinstance(await channel.wait_ended(), ProtocolViolation)
+        await wait_until_async(lambda: not device.connected, 2, "the device to be left")
 
 
 @both_ways

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.contract.session_tree import SessionTree, stat_of
 from tests.contract.steps import get, put
 from tests.contract.trees import NOW, OMIT
 from tests.support.wait import wait_until
+from vfsmount.client.session import setattr_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import vfsmount
     from tests.contract.trees import Stat, Tree
     from tests.contract.twin import Twin
 
@@ -252,6 +255,32 @@ def test_changes_on_a_handle_without_a_name(twin: Twin) -> None:
 
     found = twin.same(change)
     assert found[1] == b"0XY3"
+
+
+@pytest.mark.only("session")
+@pytest.mark.usefixtures("as_root")
+def test_everything_at_once(twin: Twin) -> None:
+    """One SETATTR may change all that there is; the reply shows it."""
+    for each in twin.both():
+        put(each, b"file", b"0123456789")
+    tree = twin.tree
+    assert isinstance(tree, SessionTree)
+    twin.host.truncate(b"file", 5)
+    twin.host.chown(b"file", 1000, 1001)
+    twin.host.chmod(b"file", 0o640)
+    twin.host.utime(b"file", SECOND, 2 * SECOND)
+
+    async def change(session: vfsmount.Session) -> Stat:
+        everything = setattr_in(
+            mode=0o640, uid=1000, gid=1001, size=5, atime_ns=SECOND, mtime_ns=2 * SECOND
+        )
+        async with tree.node(b"file") as entry:
+            return stat_of((await session.setattr(entry.nodeid, everything)).attr)
+
+    found, expected = tree.run(change), twin.host.stat(b"file")
+    assert found.plain == expected.plain
+    assert (found.atime_ns, found.mtime_ns) == (SECOND, 2 * SECOND)
+    assert twin.same(lambda each: each.stat(b"file")) == found
 
 
 # --- the file system -----------------------------------------------------------------------------

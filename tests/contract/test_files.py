@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import mmap
 import os
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.contract.steps import get, put
+from tests.contract.trees import PathTree, failure
 
 if TYPE_CHECKING:
     from tests.contract.trees import Tree
@@ -187,6 +190,63 @@ def test_open_unlinked_file(twin: Twin) -> None:
             return [handle.pread(20, 0), handle.stat().nlink, names, get(tree, b"file")]
 
     assert twin.same(orphan) == [b"CONtent!", 0, [], b"another"]
+
+
+# --- mapped and locked ---------------------------------------------------------------------------
+
+
+@pytest.mark.only("none", "auto")
+def test_private_mapping(twin: Twin) -> None:
+    def read(tree: Tree) -> bytes:
+        assert isinstance(tree, PathTree)
+        put(tree, b"file", pattern(10_000))
+        with (
+            tree.open(b"file", os.O_RDONLY) as handle,
+            mmap.mmap(handle.fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as mapping,
+        ):
+            return mapping[:]
+
+    assert twin.same(read) == pattern(10_000)
+
+
+@pytest.mark.only("auto")
+def test_shared_mapping(twin: Twin) -> None:
+    """What is written to a mapping is in the file, for reads and, after msync, for the host."""
+
+    def write(tree: Tree) -> list[bytes]:
+        assert isinstance(tree, PathTree)
+        put(tree, b"file", bytes(10_000))
+        with (
+            tree.open(b"file", os.O_RDWR) as handle,
+            mmap.mmap(handle.fd, 0, mmap.MAP_SHARED) as mapping,
+        ):
+            mapping[5000:5004] = b"here"
+            seen = handle.pread(6, 4999)
+            mapping.flush()
+            return [seen, mapping[4999:5005]]
+
+    assert twin.same(write) == [b"\0here\0"] * 2
+    assert get(twin.shared, b"file", 4, 5000) == b"here"
+
+
+@pytest.mark.only("none", "auto")
+def test_locks_between_handles(twin: Twin) -> None:
+    def lock(tree: Tree) -> list[str]:
+        assert isinstance(tree, PathTree)
+        put(tree, b"file", b"content")
+        results = []
+        with tree.open(b"file", os.O_RDWR) as one, tree.open(b"file", os.O_RDWR) as two:
+            fcntl.flock(one.fd, fcntl.LOCK_EX)
+            for wanted in (fcntl.LOCK_EX, fcntl.LOCK_SH):
+                try:
+                    fcntl.flock(two.fd, wanted | fcntl.LOCK_NB)
+                except OSError as error:
+                    results.append(failure(error))
+            fcntl.flock(one.fd, fcntl.LOCK_UN)
+            fcntl.flock(two.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return results
+
+    assert twin.same(lock) == ["EAGAIN", "EAGAIN"]
 
 
 # --- holes and large files -----------------------------------------------------------------------

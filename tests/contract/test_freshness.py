@@ -91,6 +91,25 @@ def test_changes_at_the_host(twin: Twin) -> None:
     assert [one == two for one, two in zip(before, after, strict=True)] == [False] * len(looks)
 
 
+def test_open_handle_sees_changes(twin: Twin) -> None:
+    """No path is walked, so nothing is looked up again: attributes and contents stand alone."""
+    for tree in twin.both():
+        put(tree, b"file", b"old content")
+    with twin.tree.open(b"file", os.O_RDONLY) as handle:
+        # Attributes last: reading makes the kernel ask for the time of access again.
+        assert (handle.pread(20, 0), handle.stat().size) == (b"old content", 11)
+
+        replace_content(twin.host)
+        replace_content(twin.shared)
+
+        def is_seen() -> bool:
+            return (handle.stat().size, handle.pread(20, 0)) == (14, b"new and longer")
+
+        if twin.way.endswith("auto"):
+            wait_until(is_seen, PATIENCE, "the change to be seen")
+        assert is_seen()
+
+
 def look_below(look: Callable[[Tree], object], folder: bytes, tree: Tree) -> object:
     """Look at something in a folder of a tree."""
     return look(tree.below(folder))

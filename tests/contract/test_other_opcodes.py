@@ -13,6 +13,7 @@ from tests.contract.session_tree import SessionHandle, SessionTree, stat_of
 from tests.contract.steps import get, put
 from tests.contract.trees import PathHandle, Stat
 from vfsmount.wire import fuse
+from vfsmount.wire.fuse import InitFlag
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.only("session")
 
 KEEP_SIZE, PUNCH_HOLE = 1, 2
+
+#: What the real daemons are known to settle in INIT, started without caching: minor and flags.
+INIT_FACTS = {
+    "c": (36, 0x0044D039),
+    "rust": (38, 0x48449829 | int(InitFlag.CREATE_SUPP_GROUP)),
+}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -49,6 +56,15 @@ def error_of(tree: SessionTree, call: Callable[[vfsmount.Session], Awaitable[obj
     except OSError as error:
         return errno.errorcode[error.errno or 0]
     return ""
+
+
+def test_init(twin: Twin, tree: SessionTree) -> None:
+    facts = tree.session.facts
+
+    minor, flags = INIT_FACTS.get(twin.kind, (facts.minor, int(facts.flags)))
+    assert (facts.minor, int(facts.flags)) == (minor, flags)
+    assert InitFlag.ATOMIC_O_TRUNC in facts.flags
+    assert (facts.max_write, facts.max_read, facts.time_gran) == (1 << 20, 1 << 20, 1)
 
 
 def fallocate(

@@ -109,7 +109,14 @@ class Exchange:
         if self.error is not None:
             raise fresh(self.error)
         self._turns += 1
-        if self._turns >= _FAIRNESS or self.room or not self.queue.submit(pending):
+        if self._turns >= _FAIRNESS or self.room:
+            return False
+        ring = self.queue.ring
+        if ring.outstanding:
+            # Before the kick: a daemon on this CPU runs inside it, and would call.
+            ring.disarm()
+        if not self.queue.submit(pending):
+            self.settle()
             return False
         return self._look(pending)
 
@@ -122,8 +129,6 @@ class Exchange:
         ring = queue.ring
         done: list[Pending] = []
         try:
-            if ring.outstanding > 1:
-                ring.disarm()
             if budget.nanoseconds and queue.poll(pending, budget.nanoseconds, done):
                 budget.hit()
                 if not ring.outstanding and len(done) == 1:
@@ -184,8 +189,10 @@ class Exchange:
             if self.error is not None:
                 raise fresh(self.error)
             self._stand_in_line(pending, self.queue.submit)
-            if pending.state == SENT and self._look(pending):
-                return
+            if pending.state == SENT:
+                self.queue.ring.disarm()
+                if self._look(pending):
+                    return
         await self._park(pending)
 
     async def transact(self, pending: Pending, submit: Callable[[Pending], bool]) -> None:

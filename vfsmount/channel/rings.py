@@ -39,6 +39,8 @@ __all__ = ["DriverQueue", "PollBudget"]
 _TABLE_AND_HEADER: Final = struct.Struct("<QIHHQIHHIIQQIIIH2x").pack_into
 _TABLE: Final = struct.Struct("<QIHHQIHH").pack_into
 _TABLE_SIZE: Final = 32
+#: Descriptors that are never reserved, for requests made on the way.
+_UNRESERVED: Final = 4
 _DESC: Final = struct.Struct("<QIHH").pack_into
 _DESC_SIZE: Final = 16
 _OUT_HEADER: Final = struct.Struct("<IiQ").unpack_from
@@ -247,6 +249,34 @@ class DriverQueue:
         pending.state = SENT
         return True
 
+    def reserve(self, at: int) -> int:
+        """Bind a descriptor to the place where requests of one owner always begin.
+
+        Return its head for ``submit_reserved``, or -1 where that cannot be: no indirect
+        descriptors, or none left.
+        """
+        if not self._indirect or self.ring.num_free <= _UNRESERVED:
+            return -1
+        return self.ring.reserve(GUEST_BASE + at - _TABLE_SIZE)
+
+    def submit_reserved(self, pending: Pending, head: int, at: int, size: int) -> None:
+        """As ``submit_placed``, quicker, and there is always room."""
+        _TABLE(
+            self._map,
+            at - _TABLE_SIZE,
+            GUEST_BASE + at,
+            size,
+            DESC_F_NEXT,
+            1,
+            GUEST_BASE - _OUT + pending.data_at,
+            pending.writable,
+            DESC_F_WRITE,
+            0,
+        )
+        self.ring.add_reserved(head)
+        self._outstanding[head] = pending
+        pending.state = SENT
+
     def submit_raw(
         self, pending: Pending, readable: Sequence[bytes], writable: Sequence[int]
     ) -> bool:
@@ -333,7 +363,10 @@ class DriverQueue:
             elif pending.writable:
                 # One call reads the header once: checked is what was read, not what is there now.
                 size, error, unique = _OUT_HEADER(self._map, pending.data_at - _OUT)
-                check_reply(pending, written, size, error, unique)
+                if size == written >= _OUT and unique == pending.unique and not error:
+                    pending.length = size - _OUT  # as check_reply would; a call costs 0.1 us
+                else:
+                    check_reply(pending, written, size, error, unique)
             self._outstanding[head] = None
             if pending.state == SENT:
                 pending.state = DONE

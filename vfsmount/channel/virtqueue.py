@@ -49,6 +49,9 @@ Part = tuple[int, int, bool]
 _PACK_DESC: Final = struct.Struct("<QIHH").pack_into
 _DESC_SIZE: Final = 16
 
+#: Stands for the other descriptors of a reserved head, which has none and is never free.
+_RESERVED: Final = ()
+
 # Positions in the 16 bit views of the two rings; the event words lie behind the slots.
 _FLAGS: Final = 0
 _IDX: Final = 1
@@ -58,7 +61,7 @@ _SLOTS: Final = 2
 class Virtqueue:
     """One ring, seen by its driver.
 
-    Invariants: ``num_free`` plus the descriptors of outstanding chains is the queue size; the
+    Invariants: ``num_free`` plus reserved ones plus those of outstanding chains is the queue size; the
     free-running ``avail.idx`` is ``outstanding`` ahead of what has been taken from the used ring.
 
     Args:
@@ -88,6 +91,7 @@ class Virtqueue:
         "_memory",
         "_next",
         "_published",
+        "_reserved",
         "_strong",
         "_used",
         "_used_event",
@@ -124,6 +128,7 @@ class Virtqueue:
         self._free = list(range(size - 1, -1, -1))
         #: Per head: None when not outstanding, else the other descriptors of the chain.
         self._chains: list[Sequence[int] | None] = [None] * size
+        self._reserved: set[int] = set()
         self._next = self._published = self._last_used = start
         self._avail[_IDX] = start
         self._armed_at = -1
@@ -149,9 +154,28 @@ class Virtqueue:
         head = self._free.pop()
         at = self._desc + _DESC_SIZE * head
         _PACK_DESC(self._memory, at, table_guest_addr, table_size, DESC_F_INDIRECT, 0)
-        self._chains[head] = ()
+        self._chains[head] = []
         self._add(head)
         return head
+
+    def reserve(self, table_guest_addr: int) -> int:
+        """Take a descriptor for good, for whoever always uses the same table; return its head.
+
+        One descriptor must be free. Its requests are then added with ``add_reserved``.
+        """
+        head = self._free.pop()
+        at = self._desc + _DESC_SIZE * head
+        _PACK_DESC(self._memory, at, table_guest_addr, 2 * _DESC_SIZE, DESC_F_INDIRECT, 0)
+        self._reserved.add(head)
+        return head
+
+    def add_reserved(self, head: int) -> None:
+        """Add the chain of a reserved head, which must not be outstanding."""
+        self._chains[head] = _RESERVED
+        following = self._next
+        self._avail[_SLOTS + (following & self._mask)] = head
+        self._next = (following + 1) & INDEX_MASK
+        self.outstanding += 1
 
     def add_chain(self, parts: Sequence[Part]) -> int:
         """Add a chain of direct descriptors, readable parts first; return its head.
@@ -229,9 +253,10 @@ class Virtqueue:
             raise ProtocolViolation(f"the device used descriptor {head}, which is not available")
         self._last_used = (self._last_used + 1) & INDEX_MASK
         self._chains[head] = None
-        self._free.append(head)
-        if chain:
-            self._free.extend(chain)
+        if chain is not _RESERVED:
+            self._free.append(head)
+            if chain:
+                self._free.extend(chain)
         self.outstanding -= 1
         return head, length
 
@@ -270,6 +295,7 @@ class Virtqueue:
         """Raise AssertionError when the private state contradicts itself."""
         chains = [(head, chain) for head, chain in enumerate(self._chains) if chain is not None]
         busy = [index for head, chain in chains for index in (head, *chain)]
+        busy += [head for head in self._reserved if self._chains[head] is None]
         assert sorted(busy + self._free) == list(range(self.size)), "descriptors lost or doubled"
         assert len(chains) == self.outstanding
         assert (self._next - self._last_used) & INDEX_MASK == self.outstanding % (INDEX_MASK + 1)

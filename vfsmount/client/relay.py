@@ -38,7 +38,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.channel.eventfd import close_fd, new_eventfd
-from vfsmount.channel.inflight import ABANDONED, SENT, Pending
+from vfsmount.channel.inflight import ABANDONED, DONE, SENT, Pending
 from vfsmount.channel.rings import PollBudget
 from vfsmount.channel.statistics import OpcodeCounter
 from vfsmount.client.relay_interrupts import LOOK_SECONDS, Interrupts
@@ -50,9 +50,10 @@ from vfsmount.client.relay_rewrite import (
     negative_entry,
     reply_rewriters,
     room_for_reply,
+    small_rooms,
     wants_set_id_cleared,
 )
-from vfsmount.client.relay_slots import Slot, SlotPool
+from vfsmount.client.relay_slots import SMALL_REPLY, Slot, SlotPool
 from vfsmount.client.relay_undo import undo_late_reply
 from vfsmount.client.session import setattr_in
 from vfsmount.errors import ProtocolViolation, VfsmountError
@@ -136,10 +137,13 @@ class Relay:
         self.ended = False
         self._fd = device
         self._device = io.FileIO(device, "r+", closefd=False)
+        self._readinto = self._device.readinto
+        self._write = self._device.write
         self._loan = loan
         self._queue = loan.requests
         self._map = loan.memory.map
         self._view = loan.memory.view
+        self._counters = loan.counters
         self._on_violation = on_violation
         self._pool = SlotPool(loan, largest_request(max_message), self._queue.ring.size + 1)
         self._spare: Slot | None = None
@@ -158,6 +162,7 @@ class Relay:
         self._capabilities = CapabilityMemory(policy.attr_timeout)
         self._interrupts = Interrupts(self._give_up, self._lock_of, self._pid_of)
         self._local = self._local_handlers()
+        self._small_rooms = small_rooms(SMALL_REPLY)
         self._header = bytearray(_OUT)
         self._absent = bytearray(_OUT) + (self._negative or b"")
         self._looked_ns = 0
@@ -305,10 +310,10 @@ class Relay:
         Raises:
             OSError: The device has ended or failed.
         """
-        slot = self._spare_slot()
-        if slot is None:
+        slot = self._spare or self._spare_slot()
+        if slot is None or self._stalled:
             return False
-        readinto = self._device.readinto
+        readinto = self._readinto
         got = readinto(slot.view)
         if not got:
             if got is None:
@@ -321,8 +326,10 @@ class Relay:
         while got:
             if self._take(slot):
                 self._spare = None
+                if not self._burst:
+                    break
                 following = self._spare_slot()
-                if following is None or not self._burst:
+                if following is None:
                     break
                 slot = following
             got = readinto(slot.view)
@@ -348,20 +355,29 @@ class Relay:
         slot.opcode = opcode
         slot.unique = unique
         slot.nodeid = nodeid
+        slot.size = size
         slot.errno = slot.length = 0
         slot.reported = False
-        slot.started_ns = perf_counter_ns()
-        if not slot.make_room(size, room_for_reply(opcode, self._map, at)):
-            self._reply_error(slot.answers, errno.EIO)
+        room = self._small_rooms.get(opcode)
+        if room is not None:
+            slot.data_at = slot.small
+            slot.writable = room
+        elif not slot.make_room(size, room_for_reply(opcode, self._map, at)):
+            self._reply_error(unique, errno.EIO)
             return False
-        slot.size = size
+        slot.started_ns = perf_counter_ns()
         if opcode == _WRITE and self._must_wait_for_mode(slot, at, nodeid):
             return True
-        self._submit(slot)
+        if slot.head >= 0:
+            self._queue.submit_reserved(slot, slot.head, at, size)
+        else:
+            self._submit(slot)
         return True
 
     def _submit(self, slot: Slot) -> None:
-        if not self._queue.submit_placed(slot, slot.at, slot.size):
+        if slot.head >= 0:
+            self._queue.submit_reserved(slot, slot.head, slot.at, slot.size)
+        elif not self._queue.submit_placed(slot, slot.at, slot.size):
             self._stalled.append(slot)
 
     def _must_wait_for_mode(self, slot: Slot, at: int, nodeid: int) -> bool:
@@ -484,13 +500,13 @@ class Relay:
         except ProtocolViolation as violation:
             self._violated(violation)
         for pending in done:
-            if not isinstance(pending, Slot):
+            if type(pending) is not Slot:
                 self._finish_own(pending)
                 continue
-            if pending.state == ABANDONED:
-                self._undo(pending)
-            else:
+            if pending.state == DONE:
                 self._answer(pending)
+            else:
+                self._undo(pending)
             pending.answers = 0
             self._pool.put(pending)
         done.clear()
@@ -520,9 +536,9 @@ class Relay:
     def _answer(self, slot: Slot) -> None:
         """Write one reply to the kernel."""
         opcode = slot.opcode
-        counter = self._loan.counters.get(opcode)
+        counter = self._counters.get(opcode)
         if counter is None:
-            counter = self._loan.counters[opcode] = OpcodeCounter()
+            counter = self._counters[opcode] = OpcodeCounter()
         counter.add(perf_counter_ns() - slot.started_ns)
         if slot.errno:
             counter.errors += 1
@@ -536,7 +552,7 @@ class Relay:
             self._write_header(slot.answers, 0)
             return
         try:
-            self._device.write(self._view[at - _OUT : at + length])
+            self._write(self._view[at - _OUT : at + length])
         except OSError as error:
             self._refused(slot, error)
 
@@ -545,7 +561,7 @@ class Relay:
         if number == errno.ENOENT and slot.opcode == _LOOKUP and self._negative is not None:
             _PUT_OUT_HEADER(self._absent, 0, len(self._absent), 0, slot.answers)
             with suppress(OSError):  # the caller is gone, or all is
-                self._device.write(self._absent)
+                self._write(self._absent)
             return
         if slot.is_capability:
             slot.is_capability = False
@@ -560,7 +576,7 @@ class Relay:
         _PUT_OUT_HEADER(self._header, 0, _OUT, error, unique)
         # ENOENT: nobody waits any more; ENODEV: the read that comes next will tell.
         with suppress(OSError):
-            self._device.write(self._header)
+            self._write(self._header)
 
     def _refused(self, slot: Slot, error: OSError) -> None:
         """The kernel did not take a reply."""
@@ -617,7 +633,7 @@ class Relay:
         slot = self._spare or self._pool.take() or self._in_flight()[0]
         while not self._stopping:
             try:
-                got = self._device.readinto(slot.view)
+                got = self._readinto(slot.view)
             except OSError as error:
                 if error.errno in _ENDED:
                     return

@@ -49,6 +49,7 @@ __all__ = [
     "negative_entry",
     "reply_rewriters",
     "room_for_reply",
+    "small_rooms",
     "wants_set_id_cleared",
 ]
 
@@ -192,6 +193,11 @@ def _rooms() -> list[int]:
 _ROOMS: Final = _rooms()
 #: What is in the reply besides the bytes that the request names.
 _FIXED: Final = {int(Opcode.IOCTL): _OUT + fuse.IOCTL_OUT.size}
+
+
+def small_rooms(limit: int) -> dict[int, int]:
+    """Return the room of each opcode whose reply is always the same and at most ``limit`` bytes."""
+    return {opcode: room for opcode, room in enumerate(_ROOMS) if 0 < room <= limit}
 
 
 def room_for_reply(opcode: int, memory: mmap.mmap, at: int) -> int:

@@ -24,7 +24,7 @@ from vfsmount.wire import fuse
 if TYPE_CHECKING:
     from vfsmount.channel.loan import Loan
 
-__all__ = ["Slot", "SlotPool"]
+__all__ = ["SMALL_REPLY", "Slot", "SlotPool"]
 
 _PAGE: Final = 4096
 _OUT: Final = fuse.OUT_HEADER.size
@@ -47,6 +47,7 @@ class Slot(Pending):
         size: Bytes of the request.
         small: ``data_at`` of a small reply.
         end: Offset behind its memory.
+        head: The descriptor reserved for it, or -1.
         view: What the device is read into.
         touched: Offset behind the last byte used since the last trim.
         is_capability: The request is a GETXATTR of security.capability.
@@ -59,6 +60,7 @@ class Slot(Pending):
         "at",
         "base",
         "end",
+        "head",
         "is_capability",
         "size",
         "small",
@@ -66,13 +68,14 @@ class Slot(Pending):
         "view",
     )
 
-    def __init__(self, base: int, size: int, view: memoryview) -> None:
+    def __init__(self, base: int, size: int, view: memoryview, head: int) -> None:
         super().__init__(0, 0, b"", None, 0, 0, 0, 0, 0, None)
         self.base = base
         self.at = base + _REQUEST
         self.small = base + _OUT
         self.end = base + size
         self.view = view
+        self.head = head
         self.touched = 0
         self.is_capability = False
         self.size = 0
@@ -108,6 +111,7 @@ class SlotPool:
     def __init__(self, loan: Loan, largest: int, limit: int) -> None:
         self._memory = loan.memory
         self._arena = loan.arena
+        self._queue = loan.requests
         self._largest = largest
         self._size = -(-(2 * _PAGE + largest) // _UNIT) * _UNIT
         self._limit = limit
@@ -138,7 +142,8 @@ class SlotPool:
         base = self._blocks[-1] + number * self._size
         start = base + _REQUEST
         view = self._memory.view[start : start + max(self._largest, 2 * _PAGE)]
-        self._slots.append(Slot(base, self._size, view))
+        head = self._queue.reserve(start)
+        self._slots.append(Slot(base, self._size, view, head))
         self._free.append(self._slots[-1])
         return True
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 from typing import Any, Final
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "UTIME_OMIT",
     "fallocate",
     "getdents64",
+    "name_to_handle_at",
+    "open_by_handle_at",
     "renameat2",
     "statx",
     "syncfs",
@@ -43,6 +46,7 @@ CAP_DAC_OVERRIDE: Final = 1
 CAP_FSETID: Final = 4
 
 _CLONE_FS = 0x200
+_MAX_HANDLE_SZ = 128
 _UNCHANGED = -1
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -76,6 +80,8 @@ _fallocate = _function("fallocate", _int, _int, _int64, _int64)
 _getdents64 = _function("getdents64", _int, _pointer, _ulong, result=_long)
 _syncfs = _function("syncfs", _int)
 _statx = _function("statx", _int, _path, _int, _uint, _pointer)
+_name_to_handle_at = _function("name_to_handle_at", _int, _path, _pointer, _pointer, _int)
+_open_by_handle_at = _function("open_by_handle_at", _int, _pointer, _int)
 _unshare = _function("unshare", _int)
 _capget = _function("capget", _pointer, _pointer)
 _capset = _function("capset", _pointer, _pointer)
@@ -132,6 +138,38 @@ def statx(fd: int, flags: int, mask: int) -> bytes:
     buffer = ctypes.create_string_buffer(STATX_SIZE)
     _check(_statx(fd, b"", flags | AT_EMPTY_PATH, mask, ctypes.addressof(buffer)))
     return buffer.raw
+
+
+def name_to_handle_at(fd: int) -> tuple[bytes, int]:
+    """name_to_handle_at(2) of a descriptor, which may be an O_PATH one.
+
+    Returns:
+        ``struct file_handle`` as it stands, 8 to 136 bytes, and the id of the mount.
+
+    Raises:
+        OSError: EOPNOTSUPP, EOVERFLOW: the filesystem has none.
+    """
+    handle = ctypes.create_string_buffer(8 + _MAX_HANDLE_SZ)
+    handle[:4] = _MAX_HANDLE_SZ.to_bytes(4, sys.byteorder)
+    mount_id = _int()
+    pointers = ctypes.addressof(handle), ctypes.addressof(mount_id)
+    _check(_name_to_handle_at(fd, b"", *pointers, AT_EMPTY_PATH))
+    length = int.from_bytes(handle[:4], sys.byteorder)
+    return handle.raw[: 8 + length], mount_id.value
+
+
+def open_by_handle_at(mount_fd: int, handle: bytes, flags: int) -> int:
+    """open_by_handle_at(2); takes CAP_DAC_READ_SEARCH.
+
+    Args:
+        mount_fd: Descriptor of anything on the mount, no O_PATH one.
+        handle: From ``name_to_handle_at``.
+        flags: As to open(2).
+
+    Raises:
+        OSError: ESTALE: the file is no more.
+    """
+    return _check(_open_by_handle_at(mount_fd, handle, flags))
 
 
 def thread_unshare_fs() -> None:

@@ -275,6 +275,11 @@ class FakeDevice:
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
 
+    @property
+    def connected(self) -> bool:
+        """Whether the device still serves: neither end has closed the connection."""
+        return self._thread.is_alive()
+
     def send(self, data: bytes) -> None:
         """Send bytes to the front-end that it did not ask for."""
         self._sock.sendall(data)
