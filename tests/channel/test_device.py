@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+import trio.testing
 
 from tests.channel.support import DEADLINE, Hoard, getattr_request, opened
 from tests.support.wait import wait_until_async
@@ -102,6 +103,19 @@ async def test_too_large_for_any_block() -> None:
             with pytest.raises(ValueError, match="do not fit"):
                 await channel.request(Opcode.READ, 1, b"", reply_size=MAX_BLOCK)
         await getattr_request(channel)
+
+
+async def test_too_large_for_any_block_leaves_calls_on_for_others() -> None:
+    hoard = Hoard()
+    async with opened(FakeDevice(hoard)) as channel:
+        with trio.fail_after(0.5):  # the look at mute requests comes after a second
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(getattr_request, channel)
+                (request,) = await hoard.wait(1)
+                await trio.testing.wait_all_tasks_blocked()
+                with pytest.raises(ValueError, match="do not fit"):
+                    await channel.request(Opcode.READ, 1, b"", reply_size=MAX_BLOCK)
+                request.reply()
 
 
 async def test_too_large_for_any_block_behind_others() -> None:

@@ -12,12 +12,20 @@ import trio
 
 from tests.channel.support import DEADLINE, getattr_request, opened
 from vfsmount.channel import ChannelOptions, open_channel, probe
-from vfsmount.errors import ConnectError, HandshakeError, UsageError
+from vfsmount.channel.frontend import Frontend
+from vfsmount.channel.socket import MessageSocket
+from vfsmount.errors import ConnectError, FeatureMissing, HandshakeError, UsageError
 from vfsmount.testing import FakeDevice, Reaction
 from vfsmount.testing.fake_device import ALL_FEATURES, ALL_PROTOCOL_FEATURES
 from vfsmount.wire import virtio_fs
 from vfsmount.wire.fuse import Opcode
-from vfsmount.wire.vhost_user import FrontendRequest, ProtocolFeature, VirtioFeature, VirtioStatus
+from vfsmount.wire.vhost_user import (
+    FrontendRequest,
+    ProtocolFeature,
+    VirtioFeature,
+    VirtioStatus,
+    VringState,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,6 +150,19 @@ async def test_no_unwanted_feature_is_taken() -> None:
 
     assert device.acked == ALL_FEATURES
     assert device.acked_protocol == ALL_PROTOCOL_FEATURES
+
+
+async def test_calls_without_their_feature_are_our_bug_and_send_nothing() -> None:
+    device = FakeDevice(protocol_features=0)
+    with trio.fail_after(DEADLINE), device:
+        messages = MessageSocket(trio.socket.from_stdlib_socket(device.guest_socket()))
+        frontend = Frontend(messages, 1)
+        with pytest.raises(FeatureMissing, match="GET_CONFIG needs CONFIG"):
+            await frontend.call(FrontendRequest.GET_CONFIG)
+        with pytest.raises(FeatureMissing, match="SET_VRING_ENABLE needs PROTOCOL_FEATURES"):
+            await frontend.call(FrontendRequest.SET_VRING_ENABLE, VringState(0, 1))
+        frontend.close()
+    assert device.requests == []
 
 
 async def test_config_that_is_empty_after_all() -> None:

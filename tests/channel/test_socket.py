@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+import trio.testing
 
 from tests.channel.support import DEADLINE
 from vfsmount.channel.socket import Message, MessageSocket, close_all

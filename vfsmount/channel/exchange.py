@@ -3,7 +3,12 @@
 Two ways lead to a reply. The quick one has no checkpoint: submit, kick, look at the used ring for a
 few microseconds while the daemon works, return. When the reply does not come in that time, the task
 is parked, and whoever finds the reply later (the task that waits for calls, or another request that
-looks) reschedules it. Rules:
+looks) reschedules it.
+
+Measured over Rust virtiofsd, everything on one CPU, the daemon's work included: GETATTR 15 us, READ
+of 4 KiB 16, WRITE of 4 KiB 17, READ of 1 MiB 116 (as a view 89), WRITE of 1 MiB 145; some 6 us of
+each are Python's. 10,000 quick requests were 10,000 eventfd writes, 9 sched_yields and 158 looks of
+the event loop. The rules:
 
 * Whenever control goes back to the event loop while the device has requests, calls are armed and
   the ring has been looked at since (``settle``).
@@ -115,10 +120,13 @@ class Exchange:
         if ring.outstanding:
             # Before the kick: a daemon on this CPU runs inside it, and would call.
             ring.disarm()
-        if not self.queue.submit(pending):
-            self.settle()
-            return False
-        return self._look(pending)
+        sent = False
+        try:
+            sent = self.queue.submit(pending)
+        finally:
+            if not sent:
+                self.settle()
+        return sent and self._look(pending)
 
     def _look(self, pending: Pending) -> bool:
         """Look for the reply to a request that the device has; return whether it is there.

@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from vfsmount.channel.memory import SharedMemory
     from vfsmount.wire.vring import VringLayout
 
-__all__ = ["DriverQueue", "PollBudget"]
+__all__ = ["UNRESERVED", "DriverQueue", "PollBudget"]
 
 #: Two descriptors and ``fuse_in_header`` in one call: 0.21 us, in two it is 0.27.
 _TABLE_AND_HEADER: Final = struct.Struct("<QIHHQIHHIIQQIIIH2x").pack_into
 _TABLE: Final = struct.Struct("<QIHHQIHH").pack_into
 _TABLE_SIZE: Final = 32
 #: Descriptors that are never reserved, for requests made on the way.
-_UNRESERVED: Final = 4
+UNRESERVED: Final = 4
 _DESC: Final = struct.Struct("<QIHH").pack_into
 _DESC_SIZE: Final = 16
 _OUT_HEADER: Final = struct.Struct("<IiQ").unpack_from
@@ -249,13 +249,18 @@ class DriverQueue:
         pending.state = SENT
         return True
 
+    @property
+    def capacity(self) -> int:
+        """Requests that can be outstanding at once, less some that others may need."""
+        return self.ring.size - UNRESERVED if self._indirect else self.ring.size // 2
+
     def reserve(self, at: int) -> int:
         """Bind a descriptor to the place where requests of one owner always begin.
 
         Return its head for ``submit_reserved``, or -1 where that cannot be: no indirect
         descriptors, or none left.
         """
-        if not self._indirect or self.ring.num_free <= _UNRESERVED:
+        if not self._indirect or self.ring.num_free <= UNRESERVED:
             return -1
         return self.ring.reserve(GUEST_BASE + at - _TABLE_SIZE)
 

@@ -61,8 +61,9 @@ _SLOTS: Final = 2
 class Virtqueue:
     """One ring, seen by its driver.
 
-    Invariants: ``num_free`` plus reserved ones plus those of outstanding chains is the queue size; the
-    free-running ``avail.idx`` is ``outstanding`` ahead of what has been taken from the used ring.
+    Invariants: ``num_free`` plus reserved ones plus those of outstanding chains is the queue size;
+    the free-running ``avail.idx`` is ``outstanding`` ahead of what has been taken from the used
+    ring.
 
     Args:
         memory: Writable bytes that hold the ring, zeroed.

@@ -298,6 +298,7 @@ class FakeDevice:
         """Send a request on the back-end channel and return the front-end's answer (u64)."""
         channel = self.backend_channel
         assert channel is not None, "no back-end channel"
+        channel.settimeout(_STOP_PATIENCE)
         message = encode_message(request, record, need_reply=True)
         socket.send_fds(channel, [message], list(fds))
         data = channel.recv(HEADER.size + 8, socket.MSG_WAITALL)
