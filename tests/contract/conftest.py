@@ -119,6 +119,7 @@ def open_site(kind: str, way: str) -> Iterator[Site]:
             )
         site.idle_fds = daemon.fd_count()
         yield site
+        assert "Traceback" not in daemon.stderr, daemon.stderr
 
 
 def make_home() -> Path:

@@ -43,6 +43,9 @@ def test_chmod(twin: Twin, mode: int) -> None:
     twin.same(lambda tree: tree.chmod(b"d", mode))
     assert stat.S_IMODE(twin.same(lambda tree: tree.stat(b"file")).mode) == mode
     assert stat.S_IMODE(twin.same(lambda tree: tree.stat(b"d")).mode) == mode
+    # Whoever is not root could not compare or remove them otherwise.
+    twin.same(lambda tree: tree.chmod(b"file", 0o600))
+    twin.same(lambda tree: tree.chmod(b"d", 0o700))
 
 
 @pytest.mark.usefixtures("as_root")

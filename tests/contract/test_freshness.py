@@ -6,6 +6,8 @@ import functools
 import os
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.contract.steps import get, put
 from tests.support.wait import wait_until
 
@@ -108,6 +110,49 @@ def test_open_handle_sees_changes(twin: Twin) -> None:
         if twin.way.endswith("auto"):
             wait_until(is_seen, PATIENCE, "the change to be seen")
         assert is_seen()
+
+
+def test_create_what_appeared_meanwhile(twin: Twin) -> None:
+    """The kernel may remember that a name is absent, and ask for it to be created: it is opened."""
+    for tree, behind in ((twin.host, twin.host), (twin.tree, twin.shared)):
+        assert not exists(tree, b"file")
+        put(behind, b"file", b"made at the host")
+        with tree.open(b"file", os.O_RDWR | os.O_CREAT, 0o600) as handle:
+            assert handle.pread(20, 0) == b"made at the host"
+
+
+@pytest.mark.parametrize("operation", ["unlink", "rename"])
+def test_removal_of_what_was_replaced(twin: Twin, operation: str) -> None:
+    """A name that has come to mean another file, while the kernel remembers the old one."""
+
+    def remove(tree: Tree) -> None:
+        if operation == "unlink":
+            tree.unlink(b"file")
+        else:
+            tree.rename(b"file", b"moved")
+
+    for tree, behind in ((twin.host, twin.host), (twin.tree, twin.shared)):
+        put(tree, b"file", b"old")
+        tree.stat(b"file")
+        replace_file(behind)
+
+    twin.same_unless_known(remove, "remove what was replaced at the host")
+    if exists(twin.host, b"file"):
+        # It was refused. Some time later it is not.
+        wait_until(lambda: succeeds(lambda: remove(twin.tree)), PATIENCE, "it to be removed")
+        remove(twin.host)
+    if twin.way.endswith("auto"):
+        # The kernel has moved the old file to the new name, for as long as it believes in it.
+        wait_until(lambda: agrees(twin, []), PATIENCE, "the new file to be seen")
+
+
+def succeeds(call: Callable[[], None]) -> bool:
+    """Whether a call raises no OSError."""
+    try:
+        call()
+    except OSError:
+        return False
+    return True
 
 
 def look_below(look: Callable[[Tree], object], folder: bytes, tree: Tree) -> object:

@@ -375,7 +375,7 @@ def test_reset(front: Front, how: str) -> None:
     else:
         front.say(R.RESET_DEVICE if how == "device" else R.RESET_OWNER)
 
-    assert front.resets == 1
+    assert front.resets == (how != "status"), "a paused machine must find its session again"
     assert front.running() == []
     assert front.say(R.GET_STATUS) == 0
     assert len(os.listdir("/proc/self/fd")) == before - 1, "the kick descriptor"

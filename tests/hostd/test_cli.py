@@ -213,6 +213,7 @@ def test_stale_socket_is_replaced(home: Path) -> None:
         guest.handshake()
 
 
+@pytest.mark.slow
 def test_a_killed_daemon_can_be_started_again(home: Path) -> None:
     for _ in range(2):
         with daemon(str(home), "--socket", f"{home}/s"), connect(home / "s") as guest:
@@ -244,6 +245,7 @@ def test_inherited_socket(home: Path) -> None:
     assert (home / "s").exists(), "its file is not ours"
 
 
+@pytest.mark.slow
 def test_once(home: Path) -> None:
     with daemon(str(home), "--socket", f"{home}/s", "--once") as process:
         with connect(home / "s") as guest:
@@ -252,6 +254,7 @@ def test_once(home: Path) -> None:
     assert not (home / "s").exists()
 
 
+@pytest.mark.slow
 def test_guests_come_and_go_and_descriptors_with_them(home: Path) -> None:
     (home / "dir").mkdir()
     for number in range(30):
@@ -288,6 +291,7 @@ def test_a_broken_guest_is_one_line_in_the_log(home: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_it_starts_without_an_event_loop() -> None:
     code = (
         "import sys, vfsmount.hostd.cli\n"

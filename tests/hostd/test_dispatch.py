@@ -205,7 +205,7 @@ def test_errors_as_errnos(
 
 
 def test_every_opcode_is_served_refused_or_known_to_be_neither() -> None:
-    served = set(dispatch._FAST) | set(dispatch._PLAIN) | set(dispatch._xattr_handlers())
+    served = set(dispatch._FAST) | set(dispatch._PLAIN) | set(dispatch._XATTR)
     assert {opcode.name for opcode in Opcode} - {Opcode(op).name for op in served} == UNSERVED
 
 
@@ -218,6 +218,7 @@ _names = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=400,
     deadline=None,
@@ -250,7 +251,7 @@ def test_nothing_that_a_guest_says_hurts(
         (folder / "file").write_bytes(b"text")
     if not (folder / "up").is_symlink():
         (folder / "up").symlink_to("..")
-    if guest.session.flags is None:
+    if guest.session.agreed is None:
         guest.init()
     guest.server._complaints = 100  # the log is not what this is about
     body = b"".join(struct.pack("<Q", word) for word in words)

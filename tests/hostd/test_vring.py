@@ -379,6 +379,7 @@ _lengths = st.one_of(st.integers(0, 256), st.integers(0, 2**32 - 1))
 _descriptors = st.tuples(_addresses, _lengths, st.integers(0, 0xFFFF), _indices)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     table=st.lists(_descriptors, min_size=8, max_size=8),
@@ -414,6 +415,7 @@ def test_no_driver_gets_beyond_its_memory(
     assert total <= 8
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(

@@ -10,6 +10,7 @@ users would, which must work within a deadline, and by force where that fails.
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 __all__ = ["Mount", "start_mount"]
+
+# What the log of a mount in which nothing went wrong does not hold.
+COMPLAINT = re.compile(r"Traceback|\berror: |\bwarning: ")
 
 # Python, pyfuse3 and trio take half a second to import on a machine with nothing else to do.
 READY_DEADLINE = 30.0
@@ -83,6 +87,7 @@ def start_mount(
     engine: str = "auto",
     options: Sequence[str] = (),
     expected_status: int = 0,
+    expected_complaint: str = "",
 ) -> Iterator[Mount]:
     """Mount a running daemon's share for the length of a ``with`` block.
 
@@ -93,6 +98,7 @@ def start_mount(
         engine: ``relay``, ``pyfuse3``, or ``auto`` for the command's own choice.
         options: More arguments of the command.
         expected_status: Exit status at the end.
+        expected_complaint: A line of the log, as a regular expression, that is no complaint.
 
     Raises:
         AssertionError: It does not get ready, or does not end as it should; with its log.
@@ -121,6 +127,11 @@ def start_mount(
         status = mount.process.wait(STOP_DEADLINE)
         assert status == expected_status, f"vfsmount ended with {status}:\n{mount.log}"
         assert not mount.is_mounted(), f"still mounted after its end:\n{mount.log}"
+        if expected_status == 0:
+            log_text = (
+                re.sub(expected_complaint, "", mount.log) if expected_complaint else mount.log
+            )
+            assert not COMPLAINT.search(log_text), f"it complained:\n{mount.log}"
     finally:
         _make_sure(mount)
         os.close(ready)

@@ -10,6 +10,7 @@ Both have the same life: made before the mount (``operations`` is what ``pyfuse3
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING, Protocol
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from vfsmount.errors import ProtocolViolation, VfsmountError
 
 __all__ = ["Engine", "Pyfuse3Engine", "RelayEngine", "choose_engine"]
+
+log = logging.getLogger(__name__)
 
 #: Seconds for the kernel to send INIT, which it does when the mount is made.
 _INIT_SECONDS = 10.0
@@ -152,6 +155,8 @@ class RelayEngine:
             await self._session.begin_again(without=missing)
         answer = init_answer(request.args, self._session.facts, self._policy)
         self._flags = fuse.join_flags(answer.flags, answer.flags2)
+        if self._policy.writeback and InitFlag.WRITEBACK_CACHE not in self._flags:
+            log.warning("no write-back: the daemon does not accept it; see its own options")
         body = fuse.INIT_OUT.pack(answer)
         header = fuse.OUT_HEADER.values(fuse.OUT_HEADER.size + len(body), 0, request.header.unique)
         os.write(device, header + body)

@@ -370,9 +370,13 @@ class VirtioFsOperations(pyfuse3.Operations):
     async def create(
         self, parent_inode: InodeT, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        """Make a file and open it."""
+        """Make a file and open it.
+
+        The kernel sends this for a name that it remembers as absent, too, and it may exist by now.
+        CREATE implies O_CREAT; virtiofsd (C), told so, would then open without a mode, and abort.
+        """
         parent = self.nodes[parent_inode]
-        flags = self._lower_flags(flags)
+        flags = self._lower_flags(flags) & ~os.O_CREAT
         kills = ctx.uid != 0
         entry, opened = await self._session.create(
             parent.nodeid,

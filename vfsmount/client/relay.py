@@ -117,6 +117,8 @@ class Relay:
         max_message: Bytes of the largest READ or WRITE.
         clears_set_id: The daemon takes set-id bits off when a WRITE says so.
         on_violation: Called in this thread when the daemon breaks the rules.
+        forwards_interrupts: The daemon can give requests up: tell it, on the hiprio queue, and let
+            it answer. No daemon of today can.
 
     Attributes:
         refused: Replies that the kernel would not take.
@@ -131,6 +133,8 @@ class Relay:
         max_message: int,
         clears_set_id: bool,
         on_violation: Callable[[ProtocolViolation], None],
+        *,
+        forwards_interrupts: bool = False,
     ) -> None:
         os.set_blocking(device, False)
         self.refused = 0
@@ -145,7 +149,9 @@ class Relay:
         self._view = loan.memory.view
         self._counters = loan.counters
         self._on_violation = on_violation
-        self._pool = SlotPool(loan, largest_request(max_message), self._queue.ring.size + 1)
+        self._forwards_interrupts = forwards_interrupts
+        # One more than the ring takes: an INTERRUPT or FORGET can be read when all are in use.
+        self._pool = SlotPool(loan, largest_request(max_message), self._queue.capacity + 1)
         self._spare: Slot | None = None
         #: Requests that found the ring full (of our own requests: there are slots enough).
         self._stalled: list[Slot] = []
@@ -165,7 +171,7 @@ class Relay:
         self._small_rooms = small_rooms(SMALL_REPLY)
         self._header = bytearray(_OUT)
         self._absent = bytearray(_OUT) + (self._negative or b"")
-        self._looked_ns = 0
+        self._answered_ns = self._looked_ns = 0
         # Told by other threads.
         self._error: VfsmountError | None = None
         self._stopping = False
@@ -220,14 +226,12 @@ class Relay:
     def _serve(self) -> None:
         """The loop, while there is a daemon."""
         ring, yield_cpu, now_ns = self._queue.ring, os.sched_yield, perf_counter_ns
-        collect, read, loan = self._collect, self._read, self._loan
-        last = now_ns()
+        has_used, collect, read, loan = ring.has_used, self._collect, self._read, self._loan
+        since = 0  # when the present search for something to do began; 0 while there is some
         while not self._stopping and self._error is None:
-            if ring.has_used():
+            if has_used():
                 collect()
-                last = now_ns()
-                if last > self._looked_ns:
-                    self._look_after(idle=False)
+                since = 0
             try:
                 found = read()
             except OSError as error:
@@ -237,15 +241,17 @@ class Relay:
                     raise
                 found = True
             if found:
-                last = now_ns()
+                since = 0
                 continue
             budget = loan.budget if ring.outstanding else self._idle
-            if now_ns() - last < budget.nanoseconds:
+            now = now_ns()
+            since = since or now
+            if now - since < budget.nanoseconds:
                 yield_cpu()
             else:
                 budget.miss()
                 self._sleep()
-                last = now_ns()
+                since = 0
 
     def _sleep(self) -> None:
         """Wait until anything happens."""
@@ -401,6 +407,7 @@ class Relay:
             Opcode.FORGET: self._take_forget,
             Opcode.BATCH_FORGET: self._take_batch_forget,
             Opcode.INTERRUPT: self._take_interrupt,
+            Opcode.CREATE: self._take_create,
             Opcode.GETXATTR: self._take_getxattr,
             Opcode.SETXATTR: self._take_xattr_change,
             Opcode.REMOVEXATTR: self._take_xattr_change,
@@ -447,8 +454,21 @@ class Relay:
             self._loan.arena.free(pending.block)
 
     def _take_interrupt(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
-        self._interrupts.interrupt(_U64(self._map, at + _IN)[0], self._in_flight())
+        victim = _U64(self._map, at + _IN)[0]
+        if self._forwards_interrupts:
+            body = fuse.INTERRUPT_IN.values(victim)
+            pending = Pending(Opcode.INTERRUPT, 0, body, None, -1, 0, 0, 0, 0, None)
+            self._reap_forgets()
+            if self._error is None and self._loan.hiprio.submit(pending):
+                pending.state = ABANDONED
+        else:
+            self._interrupts.interrupt(victim, self._in_flight())
         return True
+
+    def _take_create(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+        flags: int = _COUNT(self._map, at + _IN)[0]
+        _PUT_U32(self._map, at + _IN, flags & ~os.O_CREAT)
+        return False
 
     def _take_getxattr(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
         slot.is_capability = asks_for_capability(self._map, at, size)
@@ -516,6 +536,8 @@ class Relay:
             self._loan.budget.hit()
         if self._stalled:
             self._retry_stalled()
+        if self._answered_ns > self._looked_ns:
+            self._look_after(idle=False)
 
     def _finish_own(self, pending: Pending) -> None:
         """A request of our own is through; a write may have waited for it."""
@@ -539,7 +561,8 @@ class Relay:
         counter = self._counters.get(opcode)
         if counter is None:
             counter = self._counters[opcode] = OpcodeCounter()
-        counter.add(perf_counter_ns() - slot.started_ns)
+        self._answered_ns = now = perf_counter_ns()
+        counter.add(now - slot.started_ns)
         if slot.errno:
             counter.errors += 1
             self._answer_error(slot)

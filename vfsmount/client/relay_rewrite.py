@@ -9,6 +9,8 @@ the complete list of exceptions:
 * Set-id bits are taken off before a write that must clear them, where the daemon will not
   (``SetIdMemory``).
 * An unlock that may wait (SETLKW) becomes one that may not (SETLK).
+* CREATE goes without O_CREAT, which it implies: virtiofsd (C) would pass it to openat(2) without a
+  mode, and abort, when the file exists already, as it may while the kernel remembers its absence.
 * ``security.capability``, for which the kernel asks before each write, is answered from memory once
   it is known to be absent (``CapabilityMemory``).
 

@@ -64,8 +64,22 @@ def status_document(mount: Mount, session: Session) -> dict[str, Any]:
         "uptime_s": round(time.monotonic() - mount.started, 3),
         "options": mount.settings.libfuse_options(as_root=is_root()),
         "cache": cache_facts(mount.policy),
+        "kernel": _kernel_facts(mount),
         "daemon": daemon_facts(session),
     } | traffic(session.channel.statistics())
+
+
+def _kernel_facts(mount: Mount) -> dict[str, Any]:
+    """What the kernel was told, where we know it, and how it liked what it got.
+
+    ``writeback`` is None where libfuse has settled it.
+    """
+    flags = None if mount.engine is None else mount.engine.kernel_flags()
+    return {
+        "init_flags": None if flags is None else feature_names(InitFlag, flags),
+        "writeback": None if flags is None else InitFlag.WRITEBACK_CACHE in flags,
+        "replies_refused": 0 if mount.engine is None else mount.engine.refused(),
+    }
 
 
 def cache_facts(policy: CachePolicy) -> dict[str, Any]:

@@ -402,19 +402,21 @@ class Backend:
     # --- reset -----------------------------------------------------------------------------------
 
     def _set_status(self, status: int, _fds: list[int]) -> None:
+        """Status 0 resets the rings, not the FUSE session.
+
+        QEMU sends it when a machine is merely paused, and then the guest must find its nodes again.
+        A driver that starts afresh says INIT, which starts the session over as well.
+        """
         self._status = status & 0xFF
         if not self._status:
-            self._reset()
+            self._forget_queues()
 
     def _get_status(self, _record: None, _fds: list[int]) -> int:
         return self._status
 
     def _reset_device(self, _record: None, _fds: list[int]) -> None:
-        self._status = 0
-        self._reset()
-
-    def _reset(self) -> None:
         """As after power-on; memory table, owner and what was negotiated remain."""
+        self._status = 0
         self._forget_queues()
         self._on_reset()
 

@@ -9,6 +9,7 @@ a mount waits for.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import resource
@@ -188,6 +189,10 @@ def _serve(arguments: Arguments) -> None:
         level=arguments.log_level, format="vfsmount serve: %(levelname)s: %(message)s"
     )
     _raise_descriptor_limit()
+    # What a guest holds is freed by counting. Looking through it for cycles made the slowest reply
+    # of a listing of 100,000 names (40 ms; 15 like this), and what has been loaded by now stays.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
     # Guests whose threads wait for the CPU should not wait for a whole default turn of 5 ms.
     sys.setswitchinterval(0.001)
     with Share(arguments.directory, arguments.options) as share:

@@ -55,6 +55,10 @@ class Credentials:
             with suppress(OSError):
                 syscalls.thread_set_groups(())
 
+    def would_switch(self, uid: int, gid: int) -> bool:
+        """Whether acting as this user is anything but what the thread does anyway."""
+        return self.switching and (uid != 0 or gid != self._home_gid)
+
     @contextmanager
     def acting_as(self, uid: int, gid: int, groups: tuple[int, ...] | None) -> Iterator[None]:
         """Be the caller of a creating request for the length of a ``with`` block.
@@ -67,7 +71,7 @@ class Credentials:
         Raises:
             OSError: The ids are not valid here; nothing has changed.
         """
-        if not self.switching or (not uid and gid == self._home_gid):
+        if not self.would_switch(uid, gid):
             yield
             return
         if uid == _NO_ID or gid == _NO_ID:

@@ -24,13 +24,12 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.errors import UsageError
 from vfsmount.hostd.connection import Connection
+from vfsmount.hostd.fs.share import Share, ShareOptions
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from vfsmount.hostd.fs.share import Share
-
-__all__ = ["DEFAULT_POLL_US", "Server", "listen", "listen_on_fd"]
+__all__ = ["DEFAULT_POLL_US", "Server", "listen", "listen_on_fd", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +132,9 @@ class Server:
         self._poll_us = poll_us
         self._once = once
         self._guests: dict[Connection, threading.Thread] = {}
-        self._lock = threading.Lock()  # guards _guests: threads remove themselves
+        # Guards _guests, from which threads remove themselves, and _wake, which must not be written
+        # to once it is closed and its number somebody else's. A signal handler may come in between.
+        self._lock = threading.RLock()
         self._count = 0
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         sock.setblocking(False)
@@ -151,8 +152,9 @@ class Server:
 
     def stop(self) -> None:
         """Make ``run`` return soon; callable from any thread and from a signal handler."""
-        with suppress(OSError):  # closed already
-            os.eventfd_write(self._wake, 1)
+        with self._lock:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
         """Send all guests away and give the socket back."""
@@ -165,9 +167,10 @@ class Server:
         deadline = time.monotonic() + _FAREWELL
         for thread in guests.values():
             thread.join(max(deadline - time.monotonic(), 0))
-        wake, self._wake = self._wake, -1
-        if wake >= 0:
-            os.close(wake)
+        with self._lock:
+            wake, self._wake = self._wake, -1
+            if wake >= 0:
+                os.close(wake)
 
     def __enter__(self) -> Server:
         return self
@@ -222,6 +225,26 @@ class Server:
         if path is not None and _identity(path) == self._identity:
             with suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+def serve(
+    directory: str | os.PathLike[str],
+    socket_path: str | os.PathLike[str],
+    options: ShareOptions | None = None,
+) -> None:
+    """Share a directory with whoever connects to a socket; does not return.
+
+    For a daemon that can be stopped, make a ``Server``.
+
+    Raises:
+        UsageError: The directory cannot be shared, or nobody can listen there.
+    """
+    path = os.fspath(socket_path)
+    with (
+        Share(directory, options or ShareOptions()) as share,
+        Server(share, listen(path), path=path) as server,
+    ):
+        server.run()
 
 
 def _identity(path: str | None) -> tuple[int, int] | None:

@@ -149,13 +149,13 @@ def name_to_handle_at(fd: int) -> tuple[bytes, int]:
     Raises:
         OSError: EOPNOTSUPP, EOVERFLOW: the filesystem has none.
     """
-    handle = ctypes.create_string_buffer(8 + _MAX_HANDLE_SZ)
-    handle[:4] = _MAX_HANDLE_SZ.to_bytes(4, sys.byteorder)
+    room = _MAX_HANDLE_SZ.to_bytes(4, sys.byteorder)
+    handle = ctypes.create_string_buffer(room, 8 + _MAX_HANDLE_SZ)
     mount_id = _int()
     pointers = ctypes.addressof(handle), ctypes.addressof(mount_id)
     _check(_name_to_handle_at(fd, b"", *pointers, AT_EMPTY_PATH))
-    length = int.from_bytes(handle[:4], sys.byteorder)
-    return handle.raw[: 8 + length], mount_id.value
+    raw = handle.raw
+    return raw[: 8 + int.from_bytes(raw[:4], sys.byteorder)], mount_id.value
 
 
 def open_by_handle_at(mount_fd: int, handle: bytes, flags: int) -> int:

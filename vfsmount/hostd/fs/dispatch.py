@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.errors import WireError
 from vfsmount.hostd.faults import GuestFault
-from vfsmount.hostd.fs import files, listing, nodes, tree
+from vfsmount.hostd.fs import files, listing, nodes, tree, xattrs
 from vfsmount.hostd.fs.call import HEADER_SIZE, REPLY_SIZE, Call, window
 from vfsmount.wire.fuse import (
     INIT_OUT,
     OPERATIONS,
-    InitFlag,
     Opcode,
     decode_request,
     opcode_name,
@@ -56,7 +55,6 @@ _MESSAGE_LIMIT: Final = (1 << 20) + _HEAD_LIMIT
 _ERRNO_LIMIT: Final = 512
 
 _INIT, _DESTROY, _WRITE = int(Opcode.INIT), int(Opcode.DESTROY), int(Opcode.WRITE)
-_SETXATTR = int(Opcode.SETXATTR)
 _LISTINGS: Final = frozenset((int(Opcode.READDIR), int(Opcode.READDIRPLUS)))
 
 #: How often one guest's malformed requests are worth a line in the log.
@@ -128,6 +126,14 @@ _PLAIN: Final[Mapping[int, Handler]] = {
     Opcode.FSYNCDIR: listing.fsyncdir,
 }
 
+#: ENOSYS as well where the share serves none.
+_XATTR: Final[Mapping[int, Handler]] = {
+    Opcode.SETXATTR: xattrs.setxattr,
+    Opcode.GETXATTR: xattrs.getxattr,
+    Opcode.LISTXATTR: xattrs.listxattr,
+    Opcode.REMOVEXATTR: xattrs.removexattr,
+}
+
 #: Refused on a read-only share before anything else is looked at; OPEN looks for itself.
 _CHANGES: Final = (
     Opcode.SETATTR,
@@ -166,18 +172,6 @@ _ROOM: Final[Mapping[int, int]] = {
 }
 
 
-def _xattr_handlers() -> Mapping[int, Handler]:
-    """Loaded only where wanted: the package takes 5 ms of a start."""
-    from vfsmount.hostd.fs import xattrs
-
-    return {
-        Opcode.SETXATTR: xattrs.setxattr,
-        Opcode.GETXATTR: xattrs.getxattr,
-        Opcode.LISTXATTR: xattrs.listxattr,
-        Opcode.REMOVEXATTR: xattrs.removexattr,
-    }
-
-
 class FuseServer:
     """Serves the requests of one guest.
 
@@ -194,7 +188,7 @@ class FuseServer:
         self._complaints = 0
         options = session.share.options
         if options.xattr:
-            self._plain |= {int(op): handler for op, handler in _xattr_handlers().items()}
+            self._plain |= {int(opcode): handler for opcode, handler in _XATTR.items()}
         if options.readonly:
             self._fast |= dict.fromkeys(map(int, _CHANGES), _refuse_change)
 
@@ -227,6 +221,8 @@ class FuseServer:
         except Exception as error:  # a request's fate ends here, whatever goes wrong with it
             number = self._errno_of(error, opcode)
             return _put_error(writable, unique, number) if wanted else 0
+        finally:
+            self.session.inodes.trim()
         if result is None or room < REPLY_SIZE:
             return 0
         return _put(writable, room, unique, result)
@@ -234,7 +230,7 @@ class FuseServer:
     def _check(self, length: int, opcode: int, readable: list[memoryview]) -> None:
         if not HEADER_SIZE <= length <= _total(readable):
             raise WireError(f"header says {length} bytes, {_total(readable)} are there")
-        if self.session.flags is None and opcode not in _SESSIONLESS:
+        if self.session.agreed is None and opcode not in _SESSIONLESS:
             raise OSError(errno.EIO, "no INIT yet")
 
     def _handle(self, opcode: int, call: Call) -> bytes | int | None:
@@ -244,15 +240,13 @@ class FuseServer:
         handler = self._plain.get(opcode)
         if handler is None:
             raise OSError(errno.ENOSYS, "not served")
-        request = decode_request(call.message, setxattr_ext=self._setxattr_ext(opcode))
+        agreed = self.session.agreed
+        setxattr_ext = agreed is None or agreed.setxattr_ext
+        request = decode_request(call.message, setxattr_ext=setxattr_ext)
         if opcode in _LISTINGS:
             size = min(request.args.size, call.room - REPLY_SIZE)
             request = request._replace(args=request.args._replace(size=size))
         return handler(self.session, request)
-
-    def _setxattr_ext(self, opcode: int) -> bool:
-        flags = self.session.flags
-        return opcode != _SETXATTR or flags is None or bool(flags & InitFlag.SETXATTR_EXT)
 
     def _errno_of(self, error: Exception, opcode: int) -> int:
         """The table in the module's docstring."""
@@ -274,7 +268,7 @@ class FuseServer:
         self._complaints += 1
         if self._complaints <= _COMPLAINTS:
             last = " (no more of these are logged)" * (self._complaints == _COMPLAINTS)
-            logger.warning("malformed %s: %s%s", opcode_name(opcode), error, last)
+            logger.warning("malformed %s: %s%s", opcode_name(opcode), str(error), last)
 
 
 def _total(buffers: list[memoryview]) -> int:

@@ -23,7 +23,6 @@ from vfsmount.wire.fuse import (
     OPEN_OUT,
     WRITE_OUT,
     FsyncFlag,
-    InitFlag,
     OpenInFlag,
     WriteFlag,
 )
@@ -93,8 +92,8 @@ def _open_node(session: Session, inode: Inode, flags: int, open_flags: int) -> F
     flags = _allowed_flags(session, flags)
     if flags & os.O_TRUNC and open_flags & _KILL_ON_OPEN:
         with session.credentials.without_fsetid(True):
-            return FileHandle(session.reopen(inode, flags), flags)
-    return FileHandle(session.reopen(inode, flags), flags)
+            return FileHandle(session.reopen(inode, flags), inode, flags)
+    return FileHandle(session.reopen(inode, flags), inode, flags)
 
 
 def _allowed_flags(session: Session, flags: int) -> int:
@@ -109,7 +108,7 @@ def _allowed_flags(session: Session, flags: int) -> int:
     changing = flags & (os.O_ACCMODE | os.O_TRUNC)
     if changing and session.share.options.readonly:
         raise OSError(errno.EROFS, "shared read-only")
-    if changing and session.flags is not None and session.flags & InitFlag.WRITEBACK_CACHE:
+    if changing and session.agreed is not None and session.agreed.writeback_cache:
         flags &= ~os.O_APPEND
         if flags & os.O_ACCMODE == os.O_WRONLY:
             flags += os.O_RDWR - os.O_WRONLY
@@ -133,7 +132,7 @@ def create(session: Session, request: Request) -> bytes:
         if args.flags & os.O_EXCL:
             raise
         return _open_existing(session, parent, request)
-    return _opened(session, parent, FileHandle(fd, flags))
+    return _opened(session, parent, fd, flags)
 
 
 def _open_existing(session: Session, parent: Inode, request: Request) -> bytes:
@@ -156,17 +155,18 @@ def tmpfile(session: Session, request: Request) -> bytes:
     making = flags | os.O_TMPFILE | os.O_CLOEXEC | args.flags & os.O_EXCL
     with session.acting_as_caller(request):
         fd = os.open(b".", making, stat.S_IMODE(args.mode), dir_fd=parent.fd)
-    return _opened(session, parent, FileHandle(fd, flags))
+    return _opened(session, parent, fd, flags)
 
 
-def _opened(session: Session, parent: Inode, handle: FileHandle) -> bytes:
+def _opened(session: Session, parent: Inode, fd: int, flags: int) -> bytes:
     """Answer with a file just made. Its node comes from the descriptor: the name may be gone."""
     try:
-        node_fd = os.open(b"%d" % handle.fd, os.O_PATH | os.O_CLOEXEC, dir_fd=session.share.proc_fd)
+        node_fd = os.open(b"%d" % fd, os.O_PATH | os.O_CLOEXEC, dir_fd=session.share.proc_fd)
         inode, found = session.inodes.adopt(node_fd)
     except OSError:
-        os.close(handle.fd)
+        os.close(fd)
         raise
+    handle = FileHandle(fd, inode, flags)
     return session.entry(parent, inode, found) + _open_out(session, handle)
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from vfsmount.hostd.fs.inodes import Inode
 
 __all__ = ["FileHandle", "HandleTable"]
 
@@ -16,6 +19,8 @@ __all__ = ["FileHandle", "HandleTable"]
 class _Handle(Protocol):
     @property
     def fd(self) -> int: ...
+    @property
+    def inode(self) -> Inode: ...
 
 
 H = TypeVar("H", bound=_Handle)
@@ -26,18 +31,20 @@ class FileHandle:
 
     Attributes:
         fd: Its descriptor.
+        inode: Its node.
         writable: Whether it may be written and truncated.
     """
 
-    __slots__ = ("fd", "writable")
+    __slots__ = ("fd", "inode", "writable")
 
-    def __init__(self, fd: int, flags: int) -> None:
+    def __init__(self, fd: int, inode: Inode, flags: int) -> None:
         self.fd = fd
+        self.inode = inode
         self.writable = flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
 
 
 class HandleTable(Generic[H]):
-    """Handles by number. It owns their descriptors."""
+    """Handles by number. It owns their descriptors, and counts itself on their nodes."""
 
     __slots__ = ("_handles", "_next")
 
@@ -56,6 +63,7 @@ class HandleTable(Generic[H]):
         fh = self._next
         self._next += 1
         self._handles[fh] = handle
+        handle.inode.opens += 1
         return fh
 
     def get(self, fh: int) -> H:
@@ -78,10 +86,12 @@ class HandleTable(Generic[H]):
         handle = self._handles.pop(fh, None)
         if handle is None:
             raise OSError(errno.EBADF, "no such file handle")
+        handle.inode.opens -= 1
         os.close(handle.fd)
 
     def clear(self) -> None:
         """Close all."""
         handles, self._handles = self._handles, {}
         for handle in handles.values():
+            handle.inode.opens -= 1
             os.close(handle.fd)

@@ -34,6 +34,20 @@ __all__ = ["MAX_NODE_FDS", "Inode", "InodeTable"]
 #: Nodes are held by a descriptor that can do nothing but name them, links included.
 NODE_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
+#: Types of files, as objects to share: one of its own would cost each node 28 bytes.
+_KINDS = {
+    kind: kind
+    for kind in (
+        stat.S_IFREG,
+        stat.S_IFDIR,
+        stat.S_IFLNK,
+        stat.S_IFIFO,
+        stat.S_IFSOCK,
+        stat.S_IFCHR,
+        stat.S_IFBLK,
+    )
+}
+
 #: Descriptors that one guest's nodes may hold between requests, where they can be opened again.
 #: That takes 4 us, so what matters is that a busy guest's working set of directories fits.
 MAX_NODE_FDS = 512
@@ -66,12 +80,13 @@ class Inode:
         "recent",
     )
 
-    def __init__(self, nodeid: int, fd: int, attributes: os.stat_result) -> None:
+    def __init__(self, nodeid: int, fd: int, device: int, number: int, mode: int) -> None:
+        kind = stat.S_IFMT(mode)
         self.nodeid = nodeid
         self.fd = fd
-        self.device = attributes.st_dev
-        self.number = attributes.st_ino
-        self.kind = stat.S_IFMT(attributes.st_mode)
+        self.device = device
+        self.number = number
+        self.kind = _KINDS.get(kind, kind)
         self.nlookup = 0
         self.opens = 0
         self.handle: bytes | None = None
@@ -101,20 +116,23 @@ class InodeTable:
         limit: Descriptors to hold between requests.
     """
 
-    __slots__ = ("_by_id", "_by_key", "_clock", "_handles", "_limit", "_next_id")
+    __slots__ = ("_by_id", "_by_key", "_clock", "_device", "_handles", "_limit", "_next_id")
 
     def __init__(
         self, root_fd: int, handles: FileHandles | None = None, limit: int = MAX_NODE_FDS
     ) -> None:
         self._by_id: dict[int, Inode] = {}
-        self._by_key: dict[tuple[int, int], Inode] = {}
+        # Nearly all nodes are on the root's device, where the bare number is the key: no tuple.
+        self._by_key: dict[int | tuple[int, int], Inode] = {}
         self._clock: deque[Inode] = deque()
         self._handles = handles
         self._limit = limit
         self._next_id = ROOT_ID
         # A reopened "." and not a dup, so that guests share no file description.
         fd = os.open(".", NODE_FLAGS, dir_fd=root_fd)
-        self._insert(fd, os.fstat(fd))
+        attributes = os.fstat(fd)
+        self._device = attributes.st_dev
+        self._insert(fd, attributes)
         self._clock.clear()
 
     def __len__(self) -> int:
@@ -151,7 +169,7 @@ class InodeTable:
             OSError: There is no such name, or no descriptor left to hold it.
         """
         attributes = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-        inode = self._by_key.get((attributes.st_dev, attributes.st_ino))
+        inode = self._by_key.get(self._key(attributes.st_dev, attributes.st_ino))
         if inode is None or (inode.fd < 0 and not self._is_current(inode)):
             return self.adopt(os.open(name, NODE_FLAGS, dir_fd=dir_fd))
         inode.nlookup += 1
@@ -162,7 +180,7 @@ class InodeTable:
         """Count one lookup of the node that an O_PATH descriptor names; takes the descriptor."""
         try:
             attributes = os.fstat(fd)
-            inode = self._by_key.get((attributes.st_dev, attributes.st_ino))
+            inode = self._by_key.get(self._key(attributes.st_dev, attributes.st_ino))
             known = inode is not None and (inode.fd >= 0 or self._is_current(inode))
         except OSError:
             os.close(fd)
@@ -175,11 +193,17 @@ class InodeTable:
         inode.recent = True
         return inode, attributes
 
+    def _key(self, device: int, number: int) -> int | tuple[int, int]:
+        return number if device == self._device else (device, number)
+
     def _insert(self, fd: int, attributes: os.stat_result) -> Inode:
-        inode = Inode(self._next_id, fd, attributes)
+        device, number = attributes.st_dev, attributes.st_ino
+        if device == self._device:
+            device = self._device  # the same object for all
+        inode = Inode(self._next_id, fd, device, number, attributes.st_mode)
         self._next_id += 1
         self._by_id[inode.nodeid] = inode
-        self._by_key[inode.device, inode.number] = inode
+        self._by_key[self._key(device, number)] = inode
         self._clock.append(inode)
         return inode
 
@@ -203,15 +227,15 @@ class InodeTable:
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
-            del self._by_key[inode.device, inode.number]
+            del self._by_key[self._key(inode.device, inode.number)]
             return False
         return True
 
     def trim(self) -> None:
         """Give up descriptors beyond the limit; to be called between requests."""
-        if self._handles is None:
-            return
         excess = len(self._clock) - self._limit
+        if excess <= 0 or self._handles is None:
+            return
         # Once round for those with a second chance, once more to take it.
         for _ in range(2 * len(self._clock)):
             if excess <= 0:
@@ -246,7 +270,7 @@ class InodeTable:
 
     def _drop(self, inode: Inode) -> None:
         del self._by_id[inode.nodeid]
-        key = inode.device, inode.number
+        key = self._key(inode.device, inode.number)
         if self._by_key.get(key) is inode:
             del self._by_key[key]
         fd, inode.fd = inode.fd, -1

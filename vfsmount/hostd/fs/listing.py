@@ -63,7 +63,7 @@ class DirHandle:
 
     Attributes:
         fd: Its descriptor; the host's read position is behind ``_names``.
-        inode: Its node, which outlives a FORGET only as far as the numbers in it do.
+        inode: Its node, of which only the numbers count: the guest may have forgotten it.
     """
 
     __slots__ = ("_at", "_cookie", "_names", "fd", "inode")
@@ -159,6 +159,7 @@ def readdirplus(session: Session, request: Request) -> bytes:
             break
         records.append(_plus(session, handle, entry))
         handle.take()
+        session.inodes.trim()  # a large reply has thousands of nodes, and no use for one before
     return _listed(records, entry)
 
 

@@ -10,7 +10,8 @@ import errno
 import logging
 import os
 import stat
-from typing import TYPE_CHECKING, Final
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfsmount.hostd.credentials import Credentials
 from vfsmount.hostd.fs import attributes
@@ -28,8 +29,6 @@ from vfsmount.wire.fuse import (
 )
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from vfsmount.hostd.fs.inodes import Inode
     from vfsmount.hostd.fs.listing import DirHandle
     from vfsmount.hostd.fs.share import Share
@@ -69,8 +68,22 @@ _ALWAYS: Final = (
 )
 _READDIRPLUS: Final = InitFlag.DO_READDIRPLUS | InitFlag.READDIRPLUS_AUTO
 
+_AS_WE_ARE: Final[AbstractContextManager[None]] = nullcontext()
+
 #: One getdents64 takes this much of a directory: some 800 names, 30 us of kernel time.
 _DIRENT_BUFFER: Final = 32768
+
+
+class Agreed(NamedTuple):
+    """What INIT settled, as far as operations depend on it: INIT flags, by name.
+
+    Plain booleans, because an operator of IntFlag takes as long as a system call.
+    """
+
+    create_supp_group: bool
+    setxattr_ext: bool
+    submounts: bool
+    writeback_cache: bool
 
 
 class Session:
@@ -83,16 +96,16 @@ class Session:
         files: Regular files that it has open.
         dirs: Directories that it has open.
         credentials: How to act as its users.
-        flags: INIT flags in force; None before INIT and after DESTROY.
+        agreed: What INIT settled; None before INIT and after DESTROY.
         dirent_buffer: Where getdents64 writes; its contents are copied out at once.
     """
 
     __slots__ = (
+        "agreed",
         "credentials",
         "dirent_buffer",
         "dirs",
         "files",
-        "flags",
         "inodes",
         "policy",
         "share",
@@ -101,11 +114,11 @@ class Session:
     def __init__(self, share: Share) -> None:
         self.share = share
         self.policy = share.policy
-        self.inodes = InodeTable(share.root_fd)
+        self.inodes = InodeTable(share.root_fd, share.handles)
         self.files: HandleTable[FileHandle] = HandleTable()
         self.dirs: HandleTable[DirHandle] = HandleTable()
         self.credentials = Credentials()
-        self.flags: InitFlag | None = None
+        self.agreed: Agreed | None = None
         self.dirent_buffer = ctypes.create_string_buffer(_DIRENT_BUFFER)
 
     # --- beginning and end -----------------------------------------------------------------------
@@ -136,10 +149,15 @@ class Session:
         if offer.major > KERNEL_VERSION:
             # The guest reads the version, and sends INIT again with it.
             return InitOut(KERNEL_VERSION, KERNEL_MINOR_VERSION, *[0] * 11)
-        offered = join_flags(offer.flags, offer.flags2)
-        self.flags = offered & self.supported()
-        logger.debug("INIT %d.%d: %s", *offer[:2], " ".join(flag_names(self.flags)))
-        return self._init_out(offer, self.flags)
+        flags = join_flags(offer.flags, offer.flags2) & self.supported()
+        self.agreed = Agreed(
+            create_supp_group=InitFlag.CREATE_SUPP_GROUP in flags,
+            setxattr_ext=InitFlag.SETXATTR_EXT in flags,
+            submounts=InitFlag.SUBMOUNTS in flags,
+            writeback_cache=InitFlag.WRITEBACK_CACHE in flags,
+        )
+        logger.debug("INIT %d.%d: %s", *offer[:2], " ".join(flag_names(flags)))
+        return self._init_out(offer, flags)
 
     def _init_out(self, offer: InitIn, flags: InitFlag) -> InitOut:
         first, second = split_flags(flags)
@@ -162,7 +180,7 @@ class Session:
 
     def reset(self) -> None:
         """Let go of everything (DESTROY, device reset); only INIT is served until the next one."""
-        self.flags = None
+        self.agreed = None
         self.files.clear()
         self.dirs.clear()
         self.inodes.clear()
@@ -193,7 +211,7 @@ class Session:
         """FUSE_ATTR_SUBMOUNT for the root of another filesystem, if the guest knows the flag."""
         if inode.device == parent.device or inode.kind != stat.S_IFDIR:
             return 0
-        known = self.flags is not None and self.flags & InitFlag.SUBMOUNTS
+        known = self.agreed is not None and self.agreed.submounts
         return attributes.ATTR_SUBMOUNT if known else 0
 
     def reopen(self, inode: Inode, flags: int) -> int:
@@ -211,8 +229,9 @@ class Session:
 
     def acting_as_caller(self, request: Request) -> AbstractContextManager[None]:
         """Be the caller of a creating request for the length of a ``with`` block."""
-        known = self.flags is not None and self.flags & InitFlag.CREATE_SUPP_GROUP
-        groups = request.extensions.groups
         header = request.header
-        sent = groups or () if known else None
-        return self.credentials.acting_as(header.uid, header.gid, sent)
+        if not self.credentials.would_switch(header.uid, header.gid):
+            return _AS_WE_ARE
+        known = self.agreed is not None and self.agreed.create_supp_group
+        groups = request.extensions.groups or () if known else None
+        return self.credentials.acting_as(header.uid, header.gid, groups)

@@ -1,7 +1,7 @@
 """What is shared and how: the directory, its options, and what a guest may cache.
 
-One share serves many guests. It owns two descriptors: the directory itself, and ``/proc/self/fd``,
-through which a node held by an O_PATH descriptor is opened, linked or changed without any path.
+One share serves many guests. It owns descriptors of the directory, and of ``/proc/self/fd``, where
+a node held by an O_PATH descriptor has a name to be opened, linked and changed by.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfsmount.errors import UsageError
+from vfsmount.hostd.fs.filehandles import FileHandles
 from vfsmount.wire.fuse_flags import OpenOutFlag
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Share:
         options: How it is shared.
         root_fd: O_PATH descriptor of the directory.
         proc_fd: O_PATH descriptor of ``/proc/self/fd``.
+        handles: How to keep a node without a descriptor, or None where the host cannot.
 
     Raises:
         UsageError: The directory cannot be shared, or there is no /proc.
@@ -108,6 +110,14 @@ class Share:
             raise UsageError(
                 f"cannot open /proc/self/fd: {error.strerror}", "mount proc on /proc"
             ) from None
+        self._mount_fd, self.handles = self._probe_handles()
+
+    def _probe_handles(self) -> tuple[int, FileHandles | None]:
+        try:
+            mount_fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.root_fd)
+        except OSError:  # not readable by us: then there are no handles either
+            return -1, None
+        return mount_fd, FileHandles.probe(mount_fd)
 
     @property
     def policy(self) -> CachePolicy:
@@ -115,11 +125,11 @@ class Share:
         return POLICIES[self.options.cache]
 
     def close(self) -> None:
-        """Close both descriptors; guests that are connected have their own of the root."""
-        for fd in (self.root_fd, self.proc_fd):
+        """Close the descriptors; no guest may be connected any more."""
+        for fd in (self.root_fd, self.proc_fd, self._mount_fd):
             if fd >= 0:
                 os.close(fd)
-        self.root_fd = self.proc_fd = -1
+        self.root_fd = self.proc_fd = self._mount_fd = -1
 
     def __enter__(self) -> Share:
         return self
