@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -186,26 +186,24 @@ AWAITED = {
 }
 
 
-def cases() -> Iterator[object]:
-    """Each row on each daemon, engine, mode and kind of mount that it speaks of.
-
-    A mount is started once for all its rows: pytest keeps a fixture while the parameter is the same
-    object.
-    """
-    for site in itertools.product(DAEMON_KINDS, ENGINES, MODES, (False, True)):
-        kind, engine, mode, writeback = site
-        for proof in PROOFS:
-            if mode not in proof.bounds or proof.writeback != writeback:
-                continue
-            reason = AWAITED.get((engine, mode, proof.name))
-            marks = [pytest.mark.xfail(reason=reason)] if reason else []
-            if kind != "bundled":
-                marks.append(pytest.mark.needs_daemon)
-            name = f"{kind}-{engine}-{mode}-{proof.name}"
-            yield pytest.param(site, proof, marks=marks, id=name)
+SITES = [
+    pytest.param(
+        site,
+        marks=[] if site[0] == "bundled" else [pytest.mark.needs_daemon],
+        id="-".join(site[:3]) + "-writeback" * site[3],
+    )
+    for site in itertools.product(DAEMON_KINDS, ENGINES, MODES, (False, True))
+]
 
 
-@pytest.fixture(scope="module")
+def is_case(params: dict[str, Any]) -> bool:
+    """Whether a row says something about a mount."""
+    _, _, mode, writeback = params["shared"]
+    proof = params["proof"]
+    return mode in proof.bounds and proof.writeback == writeback
+
+
+@pytest.fixture(scope="module", params=SITES)
 def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
     """A mount for all rows."""
     kind, engine, mode, writeback = request.param
@@ -215,8 +213,10 @@ def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
         yield shared
 
 
-@pytest.mark.parametrize(("shared", "proof"), list(cases()), indirect=["shared"])
-def test_messages(shared: Shared, proof: Proof) -> None:
+@pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: proof.name)
+def test_messages(shared: Shared, proof: Proof, request: pytest.FixtureRequest) -> None:
+    if reason := AWAITED.get((shared.engine, shared.cache, proof.name)):
+        request.applymarker(pytest.mark.xfail(reason=reason))
     shared.check_alive()
     (mount,) = shared.mounts
     host, path = shared.folder()
