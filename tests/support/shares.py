@@ -72,24 +72,26 @@ def open_shared(
     options: Sequence[str] = (),
     writeback: bool = False,
     xattr: bool = True,
+    daemon_cache: str = "auto",
 ) -> Iterator[Shared]:
     """Share a fresh folder, in memory where that is possible, and mount it.
 
     Args:
         kind: One of `tests.support.daemons.DAEMON_KINDS`.
         engine: ``relay`` or ``pyfuse3``.
-        cache: Cache mode of the mounts. The daemon runs in the default mode of its kind, so that
-            the mount is what decides.
+        cache: Cache mode of the mounts.
         mounts: How many.
         options: More arguments of each mount.
         writeback: Keep written data here for a while, and have the daemon accept that.
         xattr: Whether the daemon serves extended attributes.
+        daemon_cache: What the daemon would have cached: ``none``, ``auto`` or ``always``.
     """
     in_memory = not tmpfs_problem() and supports_user_xattr(TMPFS)
     home = Path(tempfile.mkdtemp(prefix="vfsmount-share-", dir=TMPFS if in_memory else None))
     home.chmod(0o755)
     words = [*options, *(["--writeback"] if writeback else [])]
-    extra = ["--writeback"] if writeback and kind == "bundled" else []
+    extra = ["--cache", daemon_cache] if kind == "bundled" else []
+    extra += ["--writeback"] if writeback and kind == "bundled" else []
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, home)
         shared = Shared(kind, engine, cache, home / "host", [], [])
@@ -101,7 +103,7 @@ def open_shared(
                         start_daemon(
                             kind,
                             shared.host,
-                            cache="auto",
+                            cache=daemon_cache,
                             xattr=xattr,
                             writeback=writeback,
                             extra=extra,
