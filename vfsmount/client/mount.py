@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from vfsmount.cache.policy import CachePolicy
+from vfsmount.cache.policy import DEFAULT_SIZE, CachePolicy
 from vfsmount.channel import ChannelOptions
 from vfsmount.client.background import sd_notify
 from vfsmount.client.causes import cause_of
@@ -116,7 +116,7 @@ class _Mount:
     ) -> None:
         self.settings = settings
         self.path = path
-        self.policy = CachePolicy.for_mode(settings.cache, settings.timeout, settings.writeback)
+        self.policy = _cache_policy(settings)
         self.entry: MountEntry | None = None
         self.engine: Engine | None = None
         self.lost: VfsmountError | None = None
@@ -342,6 +342,19 @@ async def _list_root(session: Session) -> None:
         if error.errno not in (errno.EACCES, errno.EPERM):
             reason = os.strerror(error.errno)
             raise HandshakeError(f"the daemon cannot list its root: {reason}") from error
+
+
+def _cache_policy(settings: MountSettings) -> CachePolicy:
+    return CachePolicy.for_mode(
+        settings.cache,
+        settings.timeout,
+        settings.writeback,
+        entry_timeout=settings.entry_timeout,
+        attr_timeout=settings.attr_timeout,
+        negative_timeout=settings.negative_timeout,
+        dir_timeout=settings.dir_timeout,
+        size=DEFAULT_SIZE if settings.cache_size is None else settings.cache_size,
+    )
 
 
 def _channel_options(settings: MountSettings) -> ChannelOptions:

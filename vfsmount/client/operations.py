@@ -21,11 +21,13 @@ import os
 import stat
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 
+from vfsmount.cache.freshness import NOTHING_KNOWN, Freshness, signature_of
 from vfsmount.client.nodes import NodeTable
 from vfsmount.client.session import setattr_in
 from vfsmount.errors import (
@@ -37,7 +39,7 @@ from vfsmount.errors import (
     VfsmountError,
 )
 from vfsmount.wire import fuse
-from vfsmount.wire.fuse import InitFlag, OpenInFlag, WriteFlag
+from vfsmount.wire.fuse import InitFlag, OpenInFlag, OpenOutFlag, WriteFlag
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -77,6 +79,8 @@ LISTING_SIZE = 32768
 
 _CAPABILITY = b"security.capability"
 _DOTS = (b".", b"..")
+_DIRECT_IO = OpenOutFlag.DIRECT_IO
+_KEEP_CACHE = OpenOutFlag.KEEP_CACHE
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
@@ -157,6 +161,9 @@ class VirtioFsOperations(pyfuse3.Operations):
         self.nodes = NodeTable()
         self._session = session
         self._policy = policy
+        self._fresh = Freshness()
+        #: Counts what may change attributes; what was asked before a change is not parked.
+        self._changes = 0
         self._files: dict[int, _File] = {}
         self._directories: dict[int, _Directory] = {}
         self._last_fh = 0
@@ -185,6 +192,7 @@ class VirtioFsOperations(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         """Give back what the kernel forgot; raises nothing, waits for nothing."""
         for nodeid, nlookup in self.nodes.forget(inode_list):
+            self._fresh.forget(nodeid)
             self._session.forget(nodeid, nlookup)
 
     @_handler
@@ -264,7 +272,15 @@ class VirtioFsOperations(pyfuse3.Operations):
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
         """Attributes of a node."""
         node = self.nodes[inode]
-        return self._attributes(node, (await self._session.getattr(node.nodeid, None, ctx)).attr)
+        parked, node.parked = node.parked, None
+        if parked is not None:
+            age = time.monotonic() - parked[1]
+            if age < self._policy.attr_timeout:
+                attributes = self._attributes(node, parked[0])
+                attributes.attr_timeout -= age
+                return attributes
+        reply = await self._session.getattr(node.nodeid, None, ctx)
+        return self._attributes(node, reply.attr, reply)
 
     @_handler
     async def setattr(
@@ -291,7 +307,9 @@ class VirtioFsOperations(pyfuse3.Operations):
             fh=None if fh is None else self._files[fh].fh,
             kill_suidgid=kills and self._killpriv_v2,
         )
-        return self._attributes(node, (await self._session.setattr(node.nodeid, changes, ctx)).attr)
+        self._changes += 1
+        reply = await self._session.setattr(node.nodeid, changes, ctx)
+        return self._attributes(node, reply.attr, reply)
 
     @_handler
     async def access(self, inode: InodeT, mode: int, ctx: RequestContext) -> bool:
@@ -364,7 +382,37 @@ class VirtioFsOperations(pyfuse3.Operations):
             else:
                 await self._drop_set_id(node, ctx)
         reply = await self._session.open(node.nodeid, flags, open_flags, ctx)
-        return self._file_info(_File(node, reply.fh, flags, kills))
+        keep = self._policy.keep_cache
+        if flags & os.O_TRUNC:
+            self._fresh.forget(node.nodeid)
+        elif self._policy.revalidate:
+            keep = await self._may_keep(node, reply.fh, flags, ctx)
+        return self._file_info(_File(node, reply.fh, flags, kills), reply.open_flags, keep)
+
+    async def _may_keep(self, node: Node, fh: int, flags: int, ctx: RequestContext) -> bool:
+        """Compare a file that was opened with what the kernel knows; whether its pages may stay.
+
+        Raises:
+            FUSEError: ESTALE, at which the kernel looks the name up anew: the node has none left.
+        """
+        sent, before = time.monotonic(), self._changes
+        verdict, attr = NOTHING_KNOWN, None
+        try:
+            attr = (await self._session.getattr(node.nodeid, None, ctx)).attr
+        except RemoteErrno:
+            pass  # then nothing is known
+        else:
+            verdict = self._fresh.open(node.nodeid, signature_of(attr))
+        if verdict.replaced:
+            await self._session.release(node.nodeid, fh, flags, wait=False)
+            raise FUSEError(errno.ESTALE)
+        if not verdict.keep_attributes:
+            if attr is not None and before == self._changes:
+                node.parked = attr, sent
+            # Of attributes alone: that takes no lock that a request could hold.
+            with suppress(OSError):  # forgotten meanwhile
+                pyfuse3.invalidate_inode(pyfuse3.InodeT(node.inode), attr_only=True)
+        return verdict.keep_pages
 
     @_handler
     async def create(
@@ -386,7 +434,8 @@ class VirtioFsOperations(pyfuse3.Operations):
         )
         attributes = self._enter(entry)
         node = self.nodes[attributes.st_ino]
-        return self._file_info(_File(node, opened.fh, flags, kills)), attributes
+        file = _File(node, opened.fh, flags, kills)
+        return self._file_info(file, opened.open_flags, self._policy.keep_cache), attributes
 
     @_handler
     async def read(  # type: ignore[override]  # pyfuse3 takes any buffer
@@ -415,6 +464,8 @@ class VirtioFsOperations(pyfuse3.Operations):
         """Write; it is at the host when this returns."""
         file = self._files[fh]
         file.wrote = True
+        file.node.parked = None
+        self._changes += 1
         write_flags = 0
         if file.kills_set_id:
             if self._killpriv_v2:
@@ -561,14 +612,13 @@ class VirtioFsOperations(pyfuse3.Operations):
             flags = (flags & ~os.O_ACCMODE) | os.O_RDWR
         return flags & ~os.O_APPEND
 
-    def _file_info(self, file: _File) -> FileInfo:
+    def _file_info(self, file: _File, theirs: int, keep: bool) -> FileInfo:
         self._last_fh += 1
         self._files[self._last_fh] = file
-        return FileInfo(
-            fh=pyfuse3.FileHandleT(self._last_fh),
-            direct_io=self._policy.direct_io,
-            keep_cache=self._policy.keep_cache,
-        )
+        direct = self._policy.direct_io
+        if self._policy.from_host:
+            direct, keep = (bool(theirs & flag) for flag in (_DIRECT_IO, _KEEP_CACHE))
+        return FileInfo(fh=pyfuse3.FileHandleT(self._last_fh), direct_io=direct, keep_cache=keep)
 
     def _absent(self) -> EntryAttributes:
         attributes = EntryAttributes()
@@ -577,16 +627,26 @@ class VirtioFsOperations(pyfuse3.Operations):
         return attributes
 
     def _enter(self, entry: fuse.EntryOut) -> EntryAttributes:
-        return self._attributes(self.nodes.enter(entry.nodeid, entry.attr), entry.attr)
+        out = self._attributes(self.nodes.enter(entry.nodeid, entry.attr), entry.attr, entry)
+        if self._policy.from_host:
+            out.entry_timeout = entry.entry_valid + entry.entry_valid_nsec / 1e9
+        return out
 
-    def _attributes(self, node: Node, attr: fuse.Attr) -> EntryAttributes:
+    def _attributes(
+        self, node: Node, attr: fuse.Attr, reply: fuse.EntryOut | fuse.AttrOut | None = None
+    ) -> EntryAttributes:
+        """What the kernel is told; ``reply`` has the daemon's own validity, for mode ``host``."""
         node.saw(attr)
         policy = self._policy
+        if policy.revalidate:
+            self._fresh.gave(node.nodeid, signature_of(attr))
         out = EntryAttributes()
         out.st_ino = pyfuse3.InodeT(node.inode)
         out.generation = 0
         out.entry_timeout = policy.entry_timeout
         out.attr_timeout = policy.attr_timeout
+        if policy.from_host and reply is not None:
+            out.attr_timeout = reply.attr_valid + reply.attr_valid_nsec / 1e9
         out.st_mode = attr.mode
         out.st_nlink = attr.nlink
         out.st_uid = attr.uid

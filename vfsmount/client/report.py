@@ -75,9 +75,13 @@ def cache_facts(policy: CachePolicy) -> dict[str, Any]:
         "entry_timeout_s": policy.entry_timeout,
         "attr_timeout_s": policy.attr_timeout,
         "negative_timeout_s": policy.negative_timeout,
+        "dir_timeout_s": policy.dir_timeout,
         "direct_io": policy.direct_io,
         "keep_cache": policy.keep_cache,
+        "revalidate": policy.revalidate,
+        "from_host": policy.from_host,
         "writeback": policy.writeback,
+        "size_bytes": policy.size,
     }
 
 
