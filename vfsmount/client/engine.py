@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import pyfuse3
@@ -86,21 +87,32 @@ class Pyfuse3Engine:
 
     def __init__(self, session: Session, policy: CachePolicy, reason: str) -> None:
         self.reason = reason
-        self.operations: pyfuse3.Operations = VirtioFsOperations(session, policy)
+        self._session = session
+        handlers = VirtioFsOperations(session, policy)
+        self.operations: pyfuse3.Operations = handlers
+        self._behind = handlers.behind
         self._poll_us = session.channel.poll_us
         self._trio: ModuleType | SimpleNamespace = trio
 
     async def start(self, device: int) -> None:
-        """Nothing to answer: libfuse does."""
+        """Nothing to answer: libfuse does. A daemon must not expect the kernel's write-back."""
+        if InitFlag.WRITEBACK_CACHE in self._session.facts.flags:
+            await self._session.begin_again(without=InitFlag.WRITEBACK_CACHE)
         self._trio = eager_trio(device, self._poll_us)
 
     async def run(self) -> None:
-        """Run pyfuse3's loop."""
+        """Run pyfuse3's loop, and what writes behind."""
         pyfuse3.trio = self._trio  # type: ignore[attr-defined]  # as pyfuse3.asyncio.enable() does
         try:
-            await pyfuse3.main()
+            async with trio.open_nursery() as nursery:
+                if self._behind is not None:
+                    nursery.start_soon(self._behind.run)
+                await pyfuse3.main()
+                nursery.cancel_scope.cancel()
         finally:
             pyfuse3.trio = trio  # type: ignore[attr-defined]
+            if self._behind is not None:
+                await self._behind.finish()
 
     def terminate(self) -> None:
         """End pyfuse3's loop."""
@@ -172,7 +184,9 @@ class RelayEngine:
         facts = self._session.facts
         largest = max(facts.max_write, facts.max_read)
         clears = bool(facts.flags & (InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2))
-        self._relay = relay = Relay(self._device, loan, self._policy, largest, clears, violated)
+        # The kernel writes back only where the daemon has agreed.
+        policy = replace(self._policy, writeback=InitFlag.WRITEBACK_CACHE in self._flags)
+        self._relay = relay = Relay(self._device, loan, policy, largest, clears, violated)
         ended = trio.Event()
         # A thread of our own, and a daemon one: if the worst comes to the worst, the process ends.
         threading.Thread(

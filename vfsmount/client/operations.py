@@ -30,6 +30,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 from vfsmount.cache.freshness import NOTHING_KNOWN, Freshness, signature_of
 from vfsmount.client.nodes import NodeTable
 from vfsmount.client.session import setattr_in
+from vfsmount.client.write_behind import WriteBehind
 from vfsmount.errors import (
     ChannelBroken,
     ChannelClosed,
@@ -79,6 +80,8 @@ LISTING_SIZE = 32768
 
 _CAPABILITY = b"security.capability"
 _DOTS = (b".", b"..")
+#: Handles whose writes are not held back: the host appends, or durability is asked for.
+_WRITE_NOW = os.O_APPEND | os.O_DSYNC | os.O_DIRECT
 _DIRECT_IO = OpenOutFlag.DIRECT_IO
 _KEEP_CACHE = OpenOutFlag.KEEP_CACHE
 _SET_ID = stat.S_ISUID | stat.S_ISGID
@@ -117,9 +120,10 @@ def _errno_of(method: str, error: VfsmountError) -> int:
 class _File:
     """An open file: where it is at the daemon, and what its opener may not keep."""
 
-    __slots__ = ("fh", "flags", "kills_set_id", "node", "wrote")
+    __slots__ = ("fh", "flags", "kills_set_id", "node", "number", "wrote")
 
     def __init__(self, node: Node, fh: int, flags: int, kills_set_id: bool) -> None:
+        self.number = 0
         self.node = node
         self.fh = fh
         self.flags = flags
@@ -156,7 +160,9 @@ class VirtioFsOperations(pyfuse3.Operations):
     def __init__(self, session: Session, policy: CachePolicy) -> None:
         super().__init__()
         flags = session.facts.flags
-        self.enable_writeback_cache = policy.writeback
+        # The kernel's own write-back would take size and times of every file from the host.
+        self.enable_writeback_cache = False
+        self.behind = WriteBehind(session) if policy.writeback else None
         self.enable_acl = InitFlag.POSIX_ACL in flags
         self.nodes = NodeTable()
         self._session = session
@@ -279,6 +285,7 @@ class VirtioFsOperations(pyfuse3.Operations):
                 attributes = self._attributes(node, parked[0])
                 attributes.attr_timeout -= age
                 return attributes
+        await self._write_out(node)
         reply = await self._session.getattr(node.nodeid, None, ctx)
         return self._attributes(node, reply.attr, reply)
 
@@ -293,6 +300,7 @@ class VirtioFsOperations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Change what ``fields`` names; the kernel has turned "now" into times already."""
         node = self.nodes[inode]
+        await self._write_out(node)  # else it would undo the times, or the truncation
         kills = fields.update_size and ctx.uid != 0
         if kills and not fields.update_mode:
             await self._drop_set_id(node, ctx)
@@ -373,7 +381,7 @@ class VirtioFsOperations(pyfuse3.Operations):
     async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a file; O_TRUNC comes along (ATOMIC_O_TRUNC)."""
         node = self.nodes[inode]
-        flags = self._lower_flags(flags)
+        await self._write_out(node)
         kills = ctx.uid != 0
         open_flags = 0
         if kills and flags & os.O_TRUNC:
@@ -420,7 +428,6 @@ class VirtioFsOperations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         """Make a file and open it."""
         parent = self.nodes[parent_inode]
-        flags = self._lower_flags(flags)
         kills = ctx.uid != 0
         entry, opened = await self._session.create(
             parent.nodeid,
@@ -443,6 +450,8 @@ class VirtioFsOperations(pyfuse3.Operations):
     ) -> bytes | memoryview:
         """Read; the reply is a view of shared memory, which pyfuse3 hands to the kernel at once."""
         file = self._files[fh]
+        if self.behind is not None:
+            await self.behind.flush(file.node.nodeid)
         if size <= self._session.facts.max_read:
             return await self._session.read_view(file.node.nodeid, file.fh, off, size)
         return await self._read_pieces(file, off, size)
@@ -461,32 +470,53 @@ class VirtioFsOperations(pyfuse3.Operations):
 
     @_handler
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        """Write; it is at the host when this returns."""
+        """Write; without write-behind it is at the host when this returns."""
         file = self._files[fh]
+        node = file.node
         file.wrote = True
-        file.node.parked = None
+        node.parked = None
         self._changes += 1
         write_flags = 0
         if file.kills_set_id:
             if self._killpriv_v2:
                 write_flags = WriteFlag.KILL_SUIDGID
-            elif file.node.mode & _SET_ID:
-                await self._drop_set_id(file.node, None)
-        limit = self._session.facts.max_write
+            elif node.mode & _SET_ID:
+                await self._drop_set_id(node, None)
+        if self.behind is not None:
+            if not file.flags & _WRITE_NOW:
+                return await self.behind.write(node.nodeid, file, off, buf, write_flags)
+            await self.behind.flush(node.nodeid)
+        return await self._write_through(file, off, buf, write_flags)
+
+    async def _write_through(self, file: _File, off: int, buf: bytes, write_flags: int) -> int:
+        nodeid, limit = file.node.nodeid, self._session.facts.max_write
         if len(buf) <= limit:
-            return await self._session.write(
-                file.node.nodeid, file.fh, off, buf, write_flags, file.flags
-            )
+            return await self._session.write(nodeid, file.fh, off, buf, write_flags, file.flags)
         done, view = 0, memoryview(buf)
         while done < len(buf):
             piece = view[done : done + limit]
             written = await self._session.write(
-                file.node.nodeid, file.fh, off + done, piece, write_flags, file.flags
+                nodeid, file.fh, off + done, piece, write_flags, file.flags
             )
             done += written
             if written < len(piece):
                 break
         return done
+
+    async def _settle(self, file: _File) -> None:
+        """Write behind no more for a handle.
+
+        Raises:
+            FUSEError: Something that was written before could not be; told once to each handle.
+        """
+        if self.behind is not None:
+            number = await self.behind.settle(file.node.nodeid, file)
+            if number:
+                raise FUSEError(number)
+
+    async def _write_out(self, node: Node) -> None:
+        if self.behind is not None and self.behind.settles(node.nodeid):
+            await self.behind.flush(node.nodeid)
 
     @_handler
     async def flush(self, fh: FileHandleT) -> None:
@@ -497,6 +527,7 @@ class VirtioFsOperations(pyfuse3.Operations):
         """
         file = self._files[fh]
         if file.wrote:
+            await self._settle(file)
             file.wrote = False
             await self._session.flush(file.node.nodeid, file.fh)
 
@@ -504,12 +535,15 @@ class VirtioFsOperations(pyfuse3.Operations):
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         """Make everything durable at the host."""
         file = self._files[fh]
+        await self._settle(file)
         await self._session.fsync(file.node.nodeid, file.fh, datasync)
 
     @_handler
     async def release(self, fh: FileHandleT) -> None:
         """Last close of a handle."""
         file = self._files.pop(fh)
+        if self.behind is not None:
+            await self.behind.release(file.node.nodeid, file)
         await self._session.release(file.node.nodeid, file.fh, file.flags, wait=False)
 
     # --- directories -----------------------------------------------------------------------------
@@ -599,22 +633,10 @@ class VirtioFsOperations(pyfuse3.Operations):
 
     # --- pieces ----------------------------------------------------------------------------------
 
-    def _lower_flags(self, flags: int) -> int:
-        """What the daemon should open.
-
-        With write-back the kernel reads around what it writes, and appends by itself: the file must
-        be readable there, and O_APPEND would move the pages. Then any daemon will do, whether it
-        knows WRITEBACK_CACHE or not.
-        """
-        if not self._policy.writeback:
-            return flags
-        if flags & os.O_ACCMODE == os.O_WRONLY:
-            flags = (flags & ~os.O_ACCMODE) | os.O_RDWR
-        return flags & ~os.O_APPEND
-
     def _file_info(self, file: _File, theirs: int, keep: bool) -> FileInfo:
         self._last_fh += 1
         self._files[self._last_fh] = file
+        file.number = self._last_fh
         direct = self._policy.direct_io
         if self._policy.from_host:
             direct, keep = (bool(theirs & flag) for flag in (_DIRECT_IO, _KEEP_CACHE))
@@ -638,6 +660,8 @@ class VirtioFsOperations(pyfuse3.Operations):
         """What the kernel is told; ``reply`` has the daemon's own validity, for mode ``host``."""
         node.saw(attr)
         policy = self._policy
+        if self.behind is not None and self.behind.end_of(node.nodeid) > attr.size:
+            attr = attr._replace(size=self.behind.end_of(node.nodeid))
         if policy.revalidate:
             self._fresh.gave(node.nodeid, signature_of(attr))
         out = EntryAttributes()

@@ -47,6 +47,7 @@ from vfsmount.client.relay_rewrite import (
     CapabilityMemory,
     SetIdMemory,
     asks_for_capability,
+    flags_below_writeback,
     largest_request,
     negative_entry,
     reply_rewriters,
@@ -168,6 +169,8 @@ class Relay:
         self._capabilities = CapabilityMemory(policy.attr_timeout)
         self._interrupts = Interrupts(self._give_up, self._lock_of, self._pid_of)
         self._local = self._local_handlers()
+        if policy.writeback:
+            self._local[_OPEN] = self._local[int(Opcode.CREATE)] = self._take_open
         self._small_rooms = small_rooms(SMALL_REPLY)
         self._header = bytearray(_OUT)
         self._absent = bytearray(_OUT) + (self._negative or b"")
@@ -461,6 +464,11 @@ class Relay:
     def _take_interrupt(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
         self._interrupts.interrupt(_U64(self._map, at + _IN)[0], self._in_flight())
         return True
+
+    def _take_open(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+        flags: int = _COUNT(self._map, at + _IN)[0]
+        _PUT_U32(self._map, at + _IN, flags_below_writeback(flags))
+        return False
 
     def _take_getattr(self, slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
         body = self._opens.take_parked(nodeid)

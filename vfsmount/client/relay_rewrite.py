@@ -9,6 +9,8 @@ the complete list of exceptions:
 * "No such name" becomes a negative entry where the policy remembers absence (``negative_entry``).
 * Set-id bits are taken off before a write that must clear them, where the daemon will not
   (``SetIdMemory``).
+* Below the kernel's write-back a file is opened readable and not for appending
+  (``flags_below_writeback``).
 * An unlock that may wait (SETLKW) becomes one that may not (SETLK).
 * ``security.capability``, for which the kernel asks before each write, is answered from memory once
   it is known to be absent (``CapabilityMemory``).
@@ -21,6 +23,7 @@ inside the reply, so a daemon that writes at the same time can spoil nothing but
 from __future__ import annotations
 
 import errno
+import os
 import stat
 import struct
 from time import monotonic
@@ -48,6 +51,7 @@ __all__ = [
     "CapabilityMemory",
     "SetIdMemory",
     "asks_for_capability",
+    "flags_below_writeback",
     "flags_to_withdraw",
     "init_answer",
     "largest_request",
@@ -398,6 +402,17 @@ def negative_entry(policy: CachePolicy) -> bytes | None:
     body = bytearray(_ENTRY)
     _ENTRY_VALID.pack_into(body, _ENTRY_VALID_AT, seconds, 0, nanoseconds, 0)
     return bytes(body)
+
+
+def flags_below_writeback(flags: int) -> int:
+    """Return the flags with which the daemon opens or creates a file that the kernel writes back.
+
+    The kernel reads around what it writes, and appends by itself: O_APPEND would move its pages.
+    virtiofsd does the same by itself when told ``--writeback``, but the Rust one not in CREATE.
+    """
+    if flags & os.O_ACCMODE == os.O_WRONLY:
+        flags = (flags & ~os.O_ACCMODE) | os.O_RDWR
+    return flags & ~os.O_APPEND
 
 
 # --- set-id bits ---------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def status_document(mount: Mount, session: Session) -> dict[str, Any]:
         "lost": None if mount.lost is None else str(mount.lost),
         "uptime_s": round(time.monotonic() - mount.started, 3),
         "options": mount.settings.libfuse_options(as_root=is_root()),
-        "cache": cache_facts(mount.policy),
+        "cache": cache_facts(mount.policy) | _write_back(mount),
         "daemon": daemon_facts(session),
     } | traffic(session.channel.statistics())
 
@@ -83,6 +83,18 @@ def cache_facts(policy: CachePolicy) -> dict[str, Any]:
         "writeback": policy.writeback,
         "size_bytes": policy.size,
     }
+
+
+def _write_back(mount: Mount) -> dict[str, Any]:
+    """Who keeps written pages for a while: ``kernel``, ``vfsmount``, or nobody and why."""
+    who: str | None = None
+    if mount.policy.writeback and mount.engine is not None:
+        flags = mount.engine.kernel_flags()
+        if flags is None:
+            who = "vfsmount"
+        else:
+            who = "kernel" if InitFlag.WRITEBACK_CACHE in flags else "the daemon refuses"
+    return {"writeback_by": who}
 
 
 def daemon_facts(session: Session) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def _cache(cache: Mapping[str, Any]) -> str:
     words += [f"attributes {cache['attr_timeout_s']:g} s"]
     words += [f"absent names {cache['negative_timeout_s']:g} s"]
     words += [name.replace("_", " ") for name in ("direct_io", "writeback") if cache[name]]
+    if cache.get("writeback_by"):
+        words[-1] += f" ({cache['writeback_by']})"
     return ", ".join(words)
 
 
