@@ -73,17 +73,6 @@ def when(row: Row, mode: str) -> When:
     return row.when("none" if mode == "host" else mode)
 
 
-#: Rows that do not hold yet in mode ``auto``, by engine, with the reason; strict.
-AWAITED: dict[tuple[str, str], str] = {
-    (engine, name): "an open keeps the size that is known"
-    for engine in ENGINES
-    for name in (
-        "append: open and fstat",
-        "truncate: open and fstat",
-    )
-}
-
-
 def is_case(params: dict[str, Any]) -> bool:
     """With write-back only own changes are of interest; the short timeout is for what waits."""
     site: Site = params["shared"]
@@ -140,8 +129,6 @@ def test_changed_elsewhere(
 ) -> None:
     shared.check_alive()
     site: Site = request.node.callspec.params["shared"]
-    if site.mode == "auto" and (reason := AWAITED.get((site.engine, row.name))):
-        request.applymarker(pytest.mark.xfail(reason=reason))
     host, here, other = shared.folder()
     row.prepare(host)
     with holding(row, host) as host_fd, holding(row, here) as fd:

@@ -178,10 +178,7 @@ AWAITED = {
     **{
         (engine, "auto", name): reason
         for engine in ENGINES
-        for name, reason in (
-            ("read-again", "an open drops all pages"),
-            ("read-16-MiB", "the kernel reads 128 KiB ahead"),
-        )
+        for name, reason in (("read-16-MiB", "the kernel reads 128 KiB ahead"),)
     },
 }
 
