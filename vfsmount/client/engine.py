@@ -63,6 +63,9 @@ class Engine(Protocol):
             MountError: The kernel and we do not agree.
         """
 
+    async def wait_ready(self) -> None:
+        """Wait, while ``run`` runs, until INIT is settled; requests of early users wait for it."""
+
     async def run(self) -> None:
         """Serve until the connection ends.
 
@@ -91,6 +94,7 @@ class Pyfuse3Engine:
         handlers = VirtioFsOperations(session, policy)
         self.operations: pyfuse3.Operations = handlers
         self._behind = handlers.behind
+        self._initialised = handlers.initialised
         self._poll_us = session.channel.poll_us
         self._trio: ModuleType | SimpleNamespace = trio
 
@@ -99,6 +103,11 @@ class Pyfuse3Engine:
         if InitFlag.WRITEBACK_CACHE in self._session.facts.flags:
             await self._session.begin_again(without=InitFlag.WRITEBACK_CACHE)
         self._trio = eager_trio(device, self._poll_us)
+
+    async def wait_ready(self) -> None:
+        """Wait until libfuse has answered INIT, within the step after it has told the handlers."""
+        with trio.move_on_after(_INIT_SECONDS):
+            await self._initialised.wait()
 
     async def run(self) -> None:
         """Run pyfuse3's loop, and what writes behind."""
@@ -167,6 +176,10 @@ class RelayEngine:
         body = fuse.INIT_OUT.pack(answer)
         header = fuse.OUT_HEADER.values(fuse.OUT_HEADER.size + len(body), 0, request.header.unique)
         os.write(device, header + body)
+
+    async def wait_ready(self) -> None:
+        """INIT was settled by ``start``."""
+        await trio.lowlevel.checkpoint()
 
     async def run(self) -> None:
         """Lend the queues to the relay's thread until the connection ends.

@@ -25,6 +25,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 
 from vfsmount.cache.freshness import NOTHING_KNOWN, Freshness, signature_of
@@ -164,6 +165,7 @@ class VirtioFsOperations(pyfuse3.Operations):
         self.enable_writeback_cache = False
         self.behind = WriteBehind(session) if policy.writeback else None
         self.enable_acl = InitFlag.POSIX_ACL in flags
+        self.initialised = trio.Event()
         self.nodes = NodeTable()
         self._session = session
         self._policy = policy
@@ -176,6 +178,10 @@ class VirtioFsOperations(pyfuse3.Operations):
         self._killpriv_v2 = InitFlag.HANDLE_KILLPRIV_V2 in flags
         self._killpriv = bool(flags & (InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2))
         self._supp_group = InitFlag.CREATE_SUPP_GROUP in flags
+
+    def init(self) -> None:
+        """Libfuse answers the kernel's INIT right after this."""
+        self.initialised.set()
 
     # --- names -----------------------------------------------------------------------------------
 

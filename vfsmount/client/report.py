@@ -38,6 +38,7 @@ class Mount(Protocol):
     entry: MountEntry | None
     engine: Engine | None
     lost: VfsmountError | None
+    readahead: int | None
     started: float
 
     @property
@@ -64,6 +65,7 @@ def status_document(mount: Mount, session: Session) -> dict[str, Any]:
         "uptime_s": round(time.monotonic() - mount.started, 3),
         "options": mount.settings.libfuse_options(as_root=is_root()),
         "cache": cache_facts(mount.policy) | _write_back(mount),
+        "readahead_bytes": mount.readahead,
         "daemon": daemon_facts(session),
     } | traffic(session.channel.statistics())
 
