@@ -165,3 +165,25 @@ def test_changed_here(shared: Shared, row: Row) -> None:
         new = look_at(row, here, fd)
         assert new == look_at(row, host, host_fd)
         assert new != old or "open before" in row.look
+
+
+def test_own_change_after_open_of_a_changed_file(shared: Shared) -> None:
+    """What an open learns about a file is old as soon as the file is changed here."""
+    host, here, _ = shared.folder()
+    (host / "x").write_bytes(b"old")
+    (here / "x").read_bytes()
+    (host / "x").write_bytes(b"changed there")
+    fd = os.open(here / "x", os.O_RDWR)
+    try:
+        os.ftruncate(fd, 500)
+        os.fchmod(fd, 0o604)
+        os.link(here / "x", here / "y")
+        os.rename(here / "x", here / "z")  # its time of change makes the kernel ask again
+        found, at_host = os.fstat(fd), os.stat(host / "z")
+    finally:
+        os.close(fd)
+    assert (found.st_size, found.st_mode, found.st_nlink) == (
+        at_host.st_size,
+        at_host.st_mode,
+        at_host.st_nlink,
+    )

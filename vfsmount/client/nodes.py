@@ -43,7 +43,8 @@ class Node:
         mode: As last seen; for set-id bits.
         gid: As last seen; for the group of what is made in a directory.
         no_capability_until: Until then (clock seconds) the node has no ``security.capability``.
-        parked: Attributes for the kernel's next question, and when they were asked for.
+        parked: Attributes for the kernel's next question, when they were asked for (clock seconds),
+            and how many changes there had been; old after the next one.
     """
 
     __slots__ = (
@@ -65,7 +66,7 @@ class Node:
         self.mode = 0
         self.gid = 0
         self.no_capability_until = 0.0
-        self.parked: tuple[Attr, float] | None = None
+        self.parked: tuple[Attr, float, int] | None = None
 
     def __repr__(self) -> str:
         return f"<Node {self.nodeid} inode={self.inode} upper={self.upper} lower={self.lower}>"

@@ -88,10 +88,17 @@ _KEEP_CACHE = OpenOutFlag.KEEP_CACHE
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
+#: Handlers after which attributes that were asked for before are old.
+_CHANGES = frozenset(
+    ("setattr", "write", "flush", "fsync", "link", "unlink", "rename", "setxattr", "removexattr")
+)
+
+
 def _handler(
     method: Callable[Concatenate[VirtioFsOperations, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[VirtioFsOperations, P], Coroutine[Any, Any, T]]:
-    """Make a method raise FUSEError and nothing else."""
+    """Make a method raise FUSEError and nothing else, and count it if it changes attributes."""
+    changes = method.__name__ in _CHANGES
 
     @functools.wraps(method)
     async def handler(self: VirtioFsOperations, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -107,6 +114,11 @@ def _handler(
             # Top of a request: a bug in one handler must not take the whole mount down.
             log.exception("internal error in %s, answered with EIO", method.__name__)
             raise FUSEError(errno.EIO) from None
+        finally:
+            # When it is through, not before: one on its way may or may not be in an answer that is
+            # parked meanwhile, so that answer must not be used later.
+            if changes:
+                self._changes += 1
 
     return handler
 
@@ -170,7 +182,7 @@ class VirtioFsOperations(pyfuse3.Operations):
         self._session = session
         self._policy = policy
         self._fresh = Freshness()
-        #: Counts what may change attributes; what was asked before a change is not parked.
+        #: Counts what may have changed attributes; what was parked before a change is not used.
         self._changes = 0
         self._files: dict[int, _File] = {}
         self._directories: dict[int, _Directory] = {}
@@ -285,7 +297,7 @@ class VirtioFsOperations(pyfuse3.Operations):
         """Attributes of a node."""
         node = self.nodes[inode]
         parked, node.parked = node.parked, None
-        if parked is not None:
+        if parked is not None and parked[2] == self._changes:
             age = time.monotonic() - parked[1]
             if age < self._policy.attr_timeout:
                 attributes = self._attributes(node, parked[0])
@@ -321,7 +333,6 @@ class VirtioFsOperations(pyfuse3.Operations):
             fh=None if fh is None else self._files[fh].fh,
             kill_suidgid=kills and self._killpriv_v2,
         )
-        self._changes += 1
         reply = await self._session.setattr(node.nodeid, changes, ctx)
         return self._attributes(node, reply.attr, reply)
 
@@ -422,7 +433,7 @@ class VirtioFsOperations(pyfuse3.Operations):
             raise FUSEError(errno.ESTALE)
         if not verdict.keep_attributes:
             if attr is not None and before == self._changes:
-                node.parked = attr, sent
+                node.parked = attr, sent, before
             # Of attributes alone: that takes no lock that a request could hold.
             with suppress(OSError):  # forgotten meanwhile
                 pyfuse3.invalidate_inode(pyfuse3.InodeT(node.inode), attr_only=True)
@@ -480,8 +491,6 @@ class VirtioFsOperations(pyfuse3.Operations):
         file = self._files[fh]
         node = file.node
         file.wrote = True
-        node.parked = None
-        self._changes += 1
         write_flags = 0
         if file.kills_set_id:
             if self._killpriv_v2:
