@@ -172,16 +172,8 @@ PROOFS = [
 # fmt: on
 
 
-#: Rows that do not hold yet, each with the reason; strict, so that a row that holds must leave.
-AWAITED = {
-    ("pyfuse3", "always", "list-1000"): "no listings are kept",
-    **{
-        (engine, "auto", name): reason
-        for engine in ENGINES
-        for name, reason in (("read-16-MiB", "the kernel reads 128 KiB ahead"),)
-    },
-}
-
+#: Rows that do not hold yet, each with the reason; strict: one that holds must leave.
+AWAITED = {("pyfuse3", "always", "list-1000"): "no listings are kept"}
 
 SITES = [
     pytest.param(
