@@ -35,6 +35,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         unavailable(problem)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out combinations of parameters that a module's ``is_case(params)`` says no to.
+
+    Such a test does not exist, so it is not skipped either.
+    """
+    absent = {item for item in items if not _is_case(item)}
+    config.hook.pytest_deselected(items=absent)
+    items[:] = [item for item in items if item not in absent]
+
+
+def _is_case(item: pytest.Item) -> bool:
+    if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+        return True
+    judge = getattr(item.module, "is_case", None)
+    return judge is None or bool(judge(item.callspec.params))
+
+
 @pytest.fixture(autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
     """Fail the test when it leaves a mount, a process or a descriptor behind."""

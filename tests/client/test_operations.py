@@ -221,15 +221,6 @@ async def test_absent_capability_is_remembered() -> None:
     assert await ops.getxattr(node, b"security.capability", ROOT) == b"x"
 
 
-async def test_writeback_reads_around_and_appends_by_itself() -> None:
-    session = FakeSession()
-    policy = CachePolicy.for_mode("auto", writeback=True)
-    ops = VirtioFsOperations(cast("Session", session), policy)
-    node = await look_up(ops, session, 5)
-    await opened(ops, session, node, ROOT, os.O_WRONLY | os.O_APPEND)
-    assert session.arguments("open")[0][1] == os.O_RDWR
-
-
 class Listing:
     """A daemon's directory and a kernel that takes ``room`` entries a call."""
 

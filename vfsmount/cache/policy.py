@@ -2,24 +2,31 @@
 
 One immutable object is made when the mount starts; whoever answers the kernel reads it.
 
-    mode     names, attributes, absent names   contents
-    none     never                             never: direct I/O
-    auto     ``timeout`` seconds               while open; dropped when an open finds them changed
-    always   for ever                          kept across opens
+    mode     names, attributes, absent names   contents                        listings
+    none     never                             never: direct I/O               never
+    auto     ``timeout`` seconds               while unchanged: each open      never
+                                               compares size, mtime and ctime
+    always   for ever                          kept across opens               kept
+    host     as the daemon says                as the daemon says              as the daemon says
+
+Each of the four times can be set apart from the mode.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-__all__ = ["FOREVER", "MODES", "CachePolicy"]
+__all__ = ["DEFAULT_SIZE", "FOREVER", "MODES", "CachePolicy"]
 
 #: Seconds that stand for "never expires": 31 years, which the kernel's jiffies can still count.
 FOREVER: Final = 1e9
 
 #: Names of the modes, default first.
-MODES: Final = ("auto", "none", "always")
+MODES: Final = ("auto", "none", "always", "host")
+
+#: Bytes of file contents that a userspace cache keeps.
+DEFAULT_SIZE: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,48 +38,89 @@ class CachePolicy:
         entry_timeout: Validity of a name that exists, seconds.
         attr_timeout: Validity of attributes, seconds.
         negative_timeout: Validity of "no such name", seconds; 0 is not to remember it.
+        dir_timeout: Validity of a listing after its directory was opened, seconds; 0 is not to
+            keep it.
         direct_io: Reads and writes bypass the kernel's page cache.
-        keep_cache: An open keeps the pages that are there.
-        writeback: The kernel may keep written pages for a while.
+        keep_cache: An open keeps the pages that are there, unseen.
+        revalidate: An open asks for attributes, tells the kernel when its own are old, and keeps
+            pages only where size, mtime and ctime are what they were.
+        from_host: The daemon's own validities and open flags pass as they are.
+        writeback: Written pages may be kept for a while.
+        size: Bytes of contents that a userspace cache may hold.
     """
 
     name: str
     entry_timeout: float
     attr_timeout: float
     negative_timeout: float
-    direct_io: bool
-    keep_cache: bool
-    writeback: bool
+    dir_timeout: float = 0.0
+    direct_io: bool = False
+    keep_cache: bool = False
+    revalidate: bool = False
+    from_host: bool = False
+    writeback: bool = False
+    size: int = DEFAULT_SIZE
 
     @classmethod
-    def for_mode(cls, mode: str, timeout: float = 1.0, writeback: bool = False) -> CachePolicy:
+    def for_mode(
+        cls,
+        mode: str,
+        timeout: float = 1.0,
+        writeback: bool = False,
+        *,
+        entry_timeout: float | None = None,
+        attr_timeout: float | None = None,
+        negative_timeout: float | None = None,
+        dir_timeout: float | None = None,
+        size: int = DEFAULT_SIZE,
+    ) -> CachePolicy:
         """Return the policy of a mode.
 
         Args:
             mode: One of MODES.
             timeout: Seconds of validity in mode ``auto``.
             writeback: Has no effect in mode ``none``, whose writes are at the host on return.
+            entry_timeout: In place of the mode's own, as the three that follow; without meaning
+                in mode ``host``.
+            attr_timeout: Seconds.
+            negative_timeout: Seconds.
+            dir_timeout: Seconds.
+            size: Bytes of contents.
+
+        Raises:
+            ValueError: There is no such mode.
         """
-        if mode == "none":
-            return cls(mode, 0.0, 0.0, 0.0, direct_io=True, keep_cache=False, writeback=False)
-        if mode == "always":
-            return cls(
-                mode,
-                FOREVER,
-                FOREVER,
-                FOREVER,
-                direct_io=False,
-                keep_cache=True,
-                writeback=writeback,
-            )
-        if mode == "auto":
-            return cls(
-                mode,
-                timeout,
-                timeout,
-                timeout,
-                direct_io=False,
-                keep_cache=False,
-                writeback=writeback,
-            )
-        raise ValueError(f"no cache mode {mode!r}; there are {', '.join(MODES)}")
+        base = _base(mode, timeout)
+        if base.from_host:
+            return replace(base, writeback=writeback, size=size)
+        return replace(
+            base,
+            entry_timeout=_chosen(entry_timeout, base.entry_timeout),
+            attr_timeout=_chosen(attr_timeout, base.attr_timeout),
+            negative_timeout=_chosen(negative_timeout, base.negative_timeout),
+            dir_timeout=_chosen(dir_timeout, base.dir_timeout),
+            writeback=writeback and not base.direct_io,
+            size=size,
+        )
+
+    def keeps_listing(self, age: float | None) -> bool:
+        """Whether a listing of that age in seconds may be used again; None is no listing."""
+        return age is not None and age < self.dir_timeout
+
+
+def _base(mode: str, timeout: float) -> CachePolicy:
+    """The modes, each as it is when nothing else is said."""
+    if mode == "none":
+        return CachePolicy(mode, 0.0, 0.0, 0.0, direct_io=True)
+    if mode == "auto":
+        timeout = min(timeout, FOREVER)
+        return CachePolicy(mode, timeout, timeout, timeout, revalidate=True)
+    if mode == "always":
+        return CachePolicy(mode, FOREVER, FOREVER, FOREVER, FOREVER, keep_cache=True)
+    if mode == "host":
+        return CachePolicy(mode, 0.0, 0.0, 0.0, from_host=True)
+    raise ValueError(f"no cache mode {mode!r}; there are {', '.join(MODES)}")
+
+
+def _chosen(given: float | None, otherwise: float) -> float:
+    return otherwise if given is None else min(given, FOREVER)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import pyfuse3
@@ -65,6 +66,9 @@ class Engine(Protocol):
             MountError: The kernel and we do not agree.
         """
 
+    async def wait_ready(self) -> None:
+        """Wait, while ``run`` runs, until INIT is settled; requests of early users wait for it."""
+
     async def run(self) -> None:
         """Serve until the connection ends.
 
@@ -89,21 +93,38 @@ class Pyfuse3Engine:
 
     def __init__(self, session: Session, policy: CachePolicy, reason: str) -> None:
         self.reason = reason
-        self.operations: pyfuse3.Operations = VirtioFsOperations(session, policy)
+        self._session = session
+        handlers = VirtioFsOperations(session, policy)
+        self.operations: pyfuse3.Operations = handlers
+        self._behind = handlers.behind
+        self._initialised = handlers.initialised
         self._poll_us = session.channel.poll_us
         self._trio: ModuleType | SimpleNamespace = trio
 
     async def start(self, device: int) -> None:
-        """Nothing to answer: libfuse does."""
+        """Nothing to answer: libfuse does. A daemon must not expect the kernel's write-back."""
+        if InitFlag.WRITEBACK_CACHE in self._session.facts.flags:
+            await self._session.begin_again(without=InitFlag.WRITEBACK_CACHE)
         self._trio = eager_trio(device, self._poll_us)
 
+    async def wait_ready(self) -> None:
+        """Wait until libfuse has answered INIT, within the step after it has told the handlers."""
+        with trio.move_on_after(_INIT_SECONDS):
+            await self._initialised.wait()
+
     async def run(self) -> None:
-        """Run pyfuse3's loop."""
+        """Run pyfuse3's loop, and what writes behind."""
         pyfuse3.trio = self._trio  # type: ignore[attr-defined]  # as pyfuse3.asyncio.enable() does
         try:
-            await pyfuse3.main()
+            async with trio.open_nursery() as nursery:
+                if self._behind is not None:
+                    nursery.start_soon(self._behind.run)
+                await pyfuse3.main()
+                nursery.cancel_scope.cancel()
         finally:
             pyfuse3.trio = trio  # type: ignore[attr-defined]
+            if self._behind is not None:
+                await self._behind.finish()
 
     def terminate(self) -> None:
         """End pyfuse3's loop."""
@@ -161,6 +182,10 @@ class RelayEngine:
         header = fuse.OUT_HEADER.values(fuse.OUT_HEADER.size + len(body), 0, request.header.unique)
         os.write(device, header + body)
 
+    async def wait_ready(self) -> None:
+        """INIT was settled by ``start``."""
+        await trio.lowlevel.checkpoint()
+
     async def run(self) -> None:
         """Lend the queues to the relay's thread until the connection ends.
 
@@ -177,7 +202,9 @@ class RelayEngine:
         facts = self._session.facts
         largest = max(facts.max_write, facts.max_read)
         clears = bool(facts.flags & (InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2))
-        self._relay = relay = Relay(self._device, loan, self._policy, largest, clears, violated)
+        # The kernel writes back only where the daemon has agreed.
+        policy = replace(self._policy, writeback=InitFlag.WRITEBACK_CACHE in self._flags)
+        self._relay = relay = Relay(self._device, loan, policy, largest, clears, violated)
         ended = trio.Event()
         # A thread of our own, and a daemon one: if the worst comes to the worst, the process ends.
         threading.Thread(

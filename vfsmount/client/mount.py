@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from vfsmount.cache.policy import CachePolicy
+from vfsmount.cache.policy import DEFAULT_SIZE, CachePolicy
 from vfsmount.channel import ChannelOptions
 from vfsmount.client.background import sd_notify
 from vfsmount.client.causes import cause_of
@@ -47,6 +47,7 @@ from vfsmount.client.mountpoint import (
     is_mounted,
     unmount,
 )
+from vfsmount.client.readahead import raise_readahead
 from vfsmount.client.report import status_document
 from vfsmount.client.session import Session, connect
 from vfsmount.errors import (
@@ -116,11 +117,12 @@ class _Mount:
     ) -> None:
         self.settings = settings
         self.path = path
-        self.policy = CachePolicy.for_mode(settings.cache, settings.timeout, settings.writeback)
+        self.policy = _cache_policy(settings)
         self.entry: MountEntry | None = None
         self.engine: Engine | None = None
         self.lost: VfsmountError | None = None
         self.started = time.monotonic()
+        self.readahead: int | None = None
         self._announcer = announcer
         self._daemon = daemon
         self._ready = False
@@ -201,7 +203,7 @@ class _Mount:
     async def _serve(self, session: Session, kernel: KernelMount) -> None:
         assert self.engine is not None
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._announce)
+            nursery.start_soon(self._announce, session.facts.max_read)
             nursery.start_soon(self._watch_channel, session)
             nursery.start_soon(self._watch_kernel, kernel)
             with self._serving:
@@ -211,10 +213,11 @@ class _Mount:
                     raise MountError(f"{FUSE_DEVICE} failed: {error.strerror}") from error
             nursery.cancel_scope.cancel()
 
-    async def _announce(self) -> None:
-        # One turn of the loop, in which pyfuse3 starts; the kernel's INIT is waiting already, and
-        # requests of early users wait behind it.
-        await trio.lowlevel.checkpoint()
+    async def _announce(self, limit: int) -> None:
+        assert self.engine is not None
+        await self.engine.wait_ready()
+        if self.entry is not None:  # else it is unmounted again
+            self.readahead = raise_readahead(self.entry.device, limit)
         self._announcer.ready()  # in the background the log leaves the terminal with this
         self._ready = True
         channel_log.setLevel(logging.NOTSET)
@@ -342,6 +345,19 @@ async def _list_root(session: Session) -> None:
         if error.errno not in (errno.EACCES, errno.EPERM):
             reason = os.strerror(error.errno)
             raise HandshakeError(f"the daemon cannot list its root: {reason}") from error
+
+
+def _cache_policy(settings: MountSettings) -> CachePolicy:
+    return CachePolicy.for_mode(
+        settings.cache,
+        settings.timeout,
+        settings.writeback,
+        entry_timeout=settings.entry_timeout,
+        attr_timeout=settings.attr_timeout,
+        negative_timeout=settings.negative_timeout,
+        dir_timeout=settings.dir_timeout,
+        size=DEFAULT_SIZE if settings.cache_size is None else settings.cache_size,
+    )
 
 
 def _channel_options(settings: MountSettings) -> ChannelOptions:

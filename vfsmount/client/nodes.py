@@ -43,9 +43,20 @@ class Node:
         mode: As last seen; for set-id bits.
         gid: As last seen; for the group of what is made in a directory.
         no_capability_until: Until then (clock seconds) the node has no ``security.capability``.
+        parked: Attributes for the kernel's next question, when they were asked for (clock seconds),
+            and how many changes there had been; old after the next one.
     """
 
-    __slots__ = ("gid", "inode", "lower", "mode", "no_capability_until", "nodeid", "upper")
+    __slots__ = (
+        "gid",
+        "inode",
+        "lower",
+        "mode",
+        "no_capability_until",
+        "nodeid",
+        "parked",
+        "upper",
+    )
 
     def __init__(self, inode: int, nodeid: int) -> None:
         self.inode = inode
@@ -55,6 +66,7 @@ class Node:
         self.mode = 0
         self.gid = 0
         self.no_capability_until = 0.0
+        self.parked: tuple[Attr, float, int] | None = None
 
     def __repr__(self) -> str:
         return f"<Node {self.nodeid} inode={self.inode} upper={self.upper} lower={self.lower}>"

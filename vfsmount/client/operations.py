@@ -21,13 +21,17 @@ import os
 import stat
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 
+from vfsmount.cache.freshness import NOTHING_KNOWN, Freshness, signature_of
 from vfsmount.client.nodes import NodeTable
 from vfsmount.client.session import setattr_in
+from vfsmount.client.write_behind import WriteBehind
 from vfsmount.errors import (
     ChannelBroken,
     ChannelClosed,
@@ -37,7 +41,7 @@ from vfsmount.errors import (
     VfsmountError,
 )
 from vfsmount.wire import fuse
-from vfsmount.wire.fuse import InitFlag, OpenInFlag, WriteFlag
+from vfsmount.wire.fuse import InitFlag, OpenInFlag, OpenOutFlag, WriteFlag
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -77,13 +81,24 @@ LISTING_SIZE = 32768
 
 _CAPABILITY = b"security.capability"
 _DOTS = (b".", b"..")
+#: Handles whose writes are not held back: the host appends, or durability is asked for.
+_WRITE_NOW = os.O_APPEND | os.O_DSYNC | os.O_DIRECT
+_DIRECT_IO = OpenOutFlag.DIRECT_IO
+_KEEP_CACHE = OpenOutFlag.KEEP_CACHE
 _SET_ID = stat.S_ISUID | stat.S_ISGID
+
+
+#: Handlers after which attributes that were asked for before are old.
+_CHANGES = frozenset(
+    ("setattr", "write", "flush", "fsync", "link", "unlink", "rename", "setxattr", "removexattr")
+)
 
 
 def _handler(
     method: Callable[Concatenate[VirtioFsOperations, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[VirtioFsOperations, P], Coroutine[Any, Any, T]]:
-    """Make a method raise FUSEError and nothing else."""
+    """Make a method raise FUSEError and nothing else, and count it if it changes attributes."""
+    changes = method.__name__ in _CHANGES
 
     @functools.wraps(method)
     async def handler(self: VirtioFsOperations, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -99,6 +114,11 @@ def _handler(
             # Top of a request: a bug in one handler must not take the whole mount down.
             log.exception("internal error in %s, answered with EIO", method.__name__)
             raise FUSEError(errno.EIO) from None
+        finally:
+            # When it is through, not before: one on its way may or may not be in an answer that is
+            # parked meanwhile, so that answer must not be used later.
+            if changes:
+                self._changes += 1
 
     return handler
 
@@ -113,9 +133,10 @@ def _errno_of(method: str, error: VfsmountError) -> int:
 class _File:
     """An open file: where it is at the daemon, and what its opener may not keep."""
 
-    __slots__ = ("fh", "flags", "kills_set_id", "node", "wrote")
+    __slots__ = ("fh", "flags", "kills_set_id", "node", "number", "wrote")
 
     def __init__(self, node: Node, fh: int, flags: int, kills_set_id: bool) -> None:
+        self.number = 0
         self.node = node
         self.fh = fh
         self.flags = flags
@@ -152,17 +173,27 @@ class VirtioFsOperations(pyfuse3.Operations):
     def __init__(self, session: Session, policy: CachePolicy) -> None:
         super().__init__()
         flags = session.facts.flags
-        self.enable_writeback_cache = policy.writeback
+        # The kernel's own write-back would take size and times of every file from the host.
+        self.enable_writeback_cache = False
+        self.behind = WriteBehind(session) if policy.writeback else None
         self.enable_acl = InitFlag.POSIX_ACL in flags
+        self.initialised = trio.Event()
         self.nodes = NodeTable()
         self._session = session
         self._policy = policy
+        self._fresh = Freshness()
+        #: Counts what may have changed attributes; what was parked before a change is not used.
+        self._changes = 0
         self._files: dict[int, _File] = {}
         self._directories: dict[int, _Directory] = {}
         self._last_fh = 0
         self._killpriv_v2 = InitFlag.HANDLE_KILLPRIV_V2 in flags
         self._killpriv = bool(flags & (InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2))
         self._supp_group = InitFlag.CREATE_SUPP_GROUP in flags
+
+    def init(self) -> None:
+        """Libfuse answers the kernel's INIT right after this."""
+        self.initialised.set()
 
     # --- names -----------------------------------------------------------------------------------
 
@@ -185,6 +216,7 @@ class VirtioFsOperations(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         """Give back what the kernel forgot; raises nothing, waits for nothing."""
         for nodeid, nlookup in self.nodes.forget(inode_list):
+            self._fresh.forget(nodeid)
             self._session.forget(nodeid, nlookup)
 
     @_handler
@@ -264,7 +296,16 @@ class VirtioFsOperations(pyfuse3.Operations):
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
         """Attributes of a node."""
         node = self.nodes[inode]
-        return self._attributes(node, (await self._session.getattr(node.nodeid, None, ctx)).attr)
+        parked, node.parked = node.parked, None
+        if parked is not None and parked[2] == self._changes:
+            age = time.monotonic() - parked[1]
+            if age < self._policy.attr_timeout:
+                attributes = self._attributes(node, parked[0])
+                attributes.attr_timeout -= age
+                return attributes
+        await self._write_out(node)
+        reply = await self._session.getattr(node.nodeid, None, ctx)
+        return self._attributes(node, reply.attr, reply)
 
     @_handler
     async def setattr(
@@ -277,6 +318,7 @@ class VirtioFsOperations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Change what ``fields`` names; the kernel has turned "now" into times already."""
         node = self.nodes[inode]
+        await self._write_out(node)  # else it would undo the times, or the truncation
         kills = fields.update_size and ctx.uid != 0
         if kills and not fields.update_mode:
             await self._drop_set_id(node, ctx)
@@ -291,7 +333,8 @@ class VirtioFsOperations(pyfuse3.Operations):
             fh=None if fh is None else self._files[fh].fh,
             kill_suidgid=kills and self._killpriv_v2,
         )
-        return self._attributes(node, (await self._session.setattr(node.nodeid, changes, ctx)).attr)
+        reply = await self._session.setattr(node.nodeid, changes, ctx)
+        return self._attributes(node, reply.attr, reply)
 
     @_handler
     async def access(self, inode: InodeT, mode: int, ctx: RequestContext) -> bool:
@@ -355,7 +398,7 @@ class VirtioFsOperations(pyfuse3.Operations):
     async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a file; O_TRUNC comes along (ATOMIC_O_TRUNC)."""
         node = self.nodes[inode]
-        flags = self._lower_flags(flags)
+        await self._write_out(node)
         kills = ctx.uid != 0
         open_flags = 0
         if kills and flags & os.O_TRUNC:
@@ -364,7 +407,37 @@ class VirtioFsOperations(pyfuse3.Operations):
             else:
                 await self._drop_set_id(node, ctx)
         reply = await self._session.open(node.nodeid, flags, open_flags, ctx)
-        return self._file_info(_File(node, reply.fh, flags, kills))
+        keep = self._policy.keep_cache
+        if flags & os.O_TRUNC:
+            self._fresh.forget(node.nodeid)
+        elif self._policy.revalidate:
+            keep = await self._may_keep(node, reply.fh, flags, ctx)
+        return self._file_info(_File(node, reply.fh, flags, kills), reply.open_flags, keep)
+
+    async def _may_keep(self, node: Node, fh: int, flags: int, ctx: RequestContext) -> bool:
+        """Compare a file that was opened with what the kernel knows; whether its pages may stay.
+
+        Raises:
+            FUSEError: ESTALE, at which the kernel looks the name up anew: the node has none left.
+        """
+        sent, before = time.monotonic(), self._changes
+        verdict, attr = NOTHING_KNOWN, None
+        try:
+            attr = (await self._session.getattr(node.nodeid, None, ctx)).attr
+        except RemoteErrno:
+            pass  # then nothing is known
+        else:
+            verdict = self._fresh.open(node.nodeid, signature_of(attr))
+        if verdict.replaced:
+            await self._session.release(node.nodeid, fh, flags, wait=False)
+            raise FUSEError(errno.ESTALE)
+        if not verdict.keep_attributes:
+            if attr is not None and before == self._changes:
+                node.parked = attr, sent, before
+            # Of attributes alone: that takes no lock that a request could hold.
+            with suppress(OSError):  # forgotten meanwhile
+                pyfuse3.invalidate_inode(pyfuse3.InodeT(node.inode), attr_only=True)
+        return verdict.keep_pages
 
     @_handler
     async def create(
@@ -376,7 +449,7 @@ class VirtioFsOperations(pyfuse3.Operations):
         CREATE implies O_CREAT; virtiofsd (C), told so, would then open without a mode, and abort.
         """
         parent = self.nodes[parent_inode]
-        flags = self._lower_flags(flags) & ~os.O_CREAT
+        flags &= ~os.O_CREAT
         kills = ctx.uid != 0
         entry, opened = await self._session.create(
             parent.nodeid,
@@ -390,7 +463,8 @@ class VirtioFsOperations(pyfuse3.Operations):
         )
         attributes = self._enter(entry)
         node = self.nodes[attributes.st_ino]
-        return self._file_info(_File(node, opened.fh, flags, kills)), attributes
+        file = _File(node, opened.fh, flags, kills)
+        return self._file_info(file, opened.open_flags, self._policy.keep_cache), attributes
 
     @_handler
     async def read(  # type: ignore[override]  # pyfuse3 takes any buffer
@@ -398,6 +472,8 @@ class VirtioFsOperations(pyfuse3.Operations):
     ) -> bytes | memoryview:
         """Read; the reply is a view of shared memory, which pyfuse3 hands to the kernel at once."""
         file = self._files[fh]
+        if self.behind is not None:
+            await self.behind.flush(file.node.nodeid)
         if size <= self._session.facts.max_read:
             return await self._session.read_view(file.node.nodeid, file.fh, off, size)
         return await self._read_pieces(file, off, size)
@@ -416,30 +492,51 @@ class VirtioFsOperations(pyfuse3.Operations):
 
     @_handler
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        """Write; it is at the host when this returns."""
+        """Write; without write-behind it is at the host when this returns."""
         file = self._files[fh]
+        node = file.node
         file.wrote = True
         write_flags = 0
         if file.kills_set_id:
             if self._killpriv_v2:
                 write_flags = WriteFlag.KILL_SUIDGID
-            elif file.node.mode & _SET_ID:
-                await self._drop_set_id(file.node, None)
-        limit = self._session.facts.max_write
+            elif node.mode & _SET_ID:
+                await self._drop_set_id(node, None)
+        if self.behind is not None:
+            if not file.flags & _WRITE_NOW:
+                return await self.behind.write(node.nodeid, file, off, buf, write_flags)
+            await self.behind.flush(node.nodeid)
+        return await self._write_through(file, off, buf, write_flags)
+
+    async def _write_through(self, file: _File, off: int, buf: bytes, write_flags: int) -> int:
+        nodeid, limit = file.node.nodeid, self._session.facts.max_write
         if len(buf) <= limit:
-            return await self._session.write(
-                file.node.nodeid, file.fh, off, buf, write_flags, file.flags
-            )
+            return await self._session.write(nodeid, file.fh, off, buf, write_flags, file.flags)
         done, view = 0, memoryview(buf)
         while done < len(buf):
             piece = view[done : done + limit]
             written = await self._session.write(
-                file.node.nodeid, file.fh, off + done, piece, write_flags, file.flags
+                nodeid, file.fh, off + done, piece, write_flags, file.flags
             )
             done += written
             if written < len(piece):
                 break
         return done
+
+    async def _settle(self, file: _File) -> None:
+        """Write behind no more for a handle.
+
+        Raises:
+            FUSEError: Something that was written before could not be; told once to each handle.
+        """
+        if self.behind is not None:
+            number = await self.behind.settle(file.node.nodeid, file)
+            if number:
+                raise FUSEError(number)
+
+    async def _write_out(self, node: Node) -> None:
+        if self.behind is not None and self.behind.settles(node.nodeid):
+            await self.behind.flush(node.nodeid)
 
     @_handler
     async def flush(self, fh: FileHandleT) -> None:
@@ -450,6 +547,7 @@ class VirtioFsOperations(pyfuse3.Operations):
         """
         file = self._files[fh]
         if file.wrote:
+            await self._settle(file)
             file.wrote = False
             await self._session.flush(file.node.nodeid, file.fh)
 
@@ -457,12 +555,15 @@ class VirtioFsOperations(pyfuse3.Operations):
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         """Make everything durable at the host."""
         file = self._files[fh]
+        await self._settle(file)
         await self._session.fsync(file.node.nodeid, file.fh, datasync)
 
     @_handler
     async def release(self, fh: FileHandleT) -> None:
         """Last close of a handle."""
         file = self._files.pop(fh)
+        if self.behind is not None:
+            await self.behind.release(file.node.nodeid, file)
         await self._session.release(file.node.nodeid, file.fh, file.flags, wait=False)
 
     # --- directories -----------------------------------------------------------------------------
@@ -552,27 +653,14 @@ class VirtioFsOperations(pyfuse3.Operations):
 
     # --- pieces ----------------------------------------------------------------------------------
 
-    def _lower_flags(self, flags: int) -> int:
-        """What the daemon should open.
-
-        With write-back the kernel reads around what it writes, and appends by itself: the file must
-        be readable there, and O_APPEND would move the pages. Then any daemon will do, whether it
-        knows WRITEBACK_CACHE or not.
-        """
-        if not self._policy.writeback:
-            return flags
-        if flags & os.O_ACCMODE == os.O_WRONLY:
-            flags = (flags & ~os.O_ACCMODE) | os.O_RDWR
-        return flags & ~os.O_APPEND
-
-    def _file_info(self, file: _File) -> FileInfo:
+    def _file_info(self, file: _File, theirs: int, keep: bool) -> FileInfo:
         self._last_fh += 1
         self._files[self._last_fh] = file
-        return FileInfo(
-            fh=pyfuse3.FileHandleT(self._last_fh),
-            direct_io=self._policy.direct_io,
-            keep_cache=self._policy.keep_cache,
-        )
+        file.number = self._last_fh
+        direct = self._policy.direct_io
+        if self._policy.from_host:
+            direct, keep = (bool(theirs & flag) for flag in (_DIRECT_IO, _KEEP_CACHE))
+        return FileInfo(fh=pyfuse3.FileHandleT(self._last_fh), direct_io=direct, keep_cache=keep)
 
     def _absent(self) -> EntryAttributes:
         attributes = EntryAttributes()
@@ -581,16 +669,28 @@ class VirtioFsOperations(pyfuse3.Operations):
         return attributes
 
     def _enter(self, entry: fuse.EntryOut) -> EntryAttributes:
-        return self._attributes(self.nodes.enter(entry.nodeid, entry.attr), entry.attr)
+        out = self._attributes(self.nodes.enter(entry.nodeid, entry.attr), entry.attr, entry)
+        if self._policy.from_host:
+            out.entry_timeout = entry.entry_valid + entry.entry_valid_nsec / 1e9
+        return out
 
-    def _attributes(self, node: Node, attr: fuse.Attr) -> EntryAttributes:
+    def _attributes(
+        self, node: Node, attr: fuse.Attr, reply: fuse.EntryOut | fuse.AttrOut | None = None
+    ) -> EntryAttributes:
+        """What the kernel is told; ``reply`` has the daemon's own validity, for mode ``host``."""
         node.saw(attr)
         policy = self._policy
+        if self.behind is not None and self.behind.end_of(node.nodeid) > attr.size:
+            attr = attr._replace(size=self.behind.end_of(node.nodeid))
+        if policy.revalidate:
+            self._fresh.gave(node.nodeid, signature_of(attr))
         out = EntryAttributes()
         out.st_ino = pyfuse3.InodeT(node.inode)
         out.generation = 0
         out.entry_timeout = policy.entry_timeout
         out.attr_timeout = policy.attr_timeout
+        if policy.from_host and reply is not None:
+            out.attr_timeout = reply.attr_valid + reply.attr_valid_nsec / 1e9
         out.st_mode = attr.mode
         out.st_nlink = attr.nlink
         out.st_uid = attr.uid

@@ -38,10 +38,11 @@ __all__ = [
     "one_of",
     "parse_mount",
     "seconds",
+    "size",
     "split_options",
 ]
 
-CACHE_MODES = ("none", "auto", "always")
+CACHE_MODES = ("none", "auto", "always", "host")
 ENGINES = ("auto", "relay", "pyfuse3")
 LOG_LEVELS = ("error", "warning", "info", "debug")
 MAX_QUEUE_SIZE = 32768
@@ -101,6 +102,18 @@ def integer(low: int, high: int) -> Callable[[str], int]:
     return convert
 
 
+def size(text: str) -> int:
+    """Convert a number of bytes, with ``K``, ``M`` or ``G`` for powers of 1024.
+
+    Raises:
+        ValueError: Not such a number.
+    """
+    match = re.fullmatch(r"([0-9]{1,12})([KMGkmg]?)", text)
+    if match is None:
+        raise ValueError("is not a size such as 65536 or 64M")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2].lower()]
+
+
 def queue_size(text: str) -> int:
     """Convert a number of ring entries: a power of two, as the split ring demands.
 
@@ -154,12 +167,23 @@ MOUNT_GROUPS = (
             Option(
                 "cache",
                 "none: always ask the host\n"
-                "auto: names and attributes for --timeout, data while open (default)\n"
-                "always: never ask twice",
+                "auto: names and attributes for --timeout, data while unchanged (default)\n"
+                "always: never ask twice\n"
+                "host: as long as the daemon says",
                 "MODE",
                 one_of(CACHE_MODES),
             ),
             Option("timeout", "how long 'auto' trusts an answer (default 1)", "SEC", seconds),
+            Option("attr-timeout", "the same for attributes alone, in any mode", "SEC", seconds),
+            Option("entry-timeout", "for names", "SEC", seconds),
+            Option("negative-timeout", "for names that do not exist", "SEC", seconds),
+            Option("dir-timeout", "for listings of directories", "SEC", seconds),
+            Option(
+                "cache-size",
+                "contents kept by the pyfuse3 engine, bytes or with K, M, G\n(default 64M)",
+                "SIZE",
+                size,
+            ),
             Option("writeback", "gather writes here until close or fsync", negatable=True),
         ),
     ),
@@ -240,6 +264,8 @@ MOUNT_GROUPS = (
     Group("Help", (HELP, Option("version", "show the version and leave", short="V"))),
 )
 
+TIMES = ("attr-timeout", "entry-timeout", "negative-timeout", "dir-timeout")
+"""What overrides the mode's own times."""
 NOT_IN_LISTS = frozenset(("o", "help", "version"))
 
 
@@ -257,6 +283,11 @@ class MountSettings:
     source: str | None
     cache: str = "auto"
     timeout: float = 1.0
+    attr_timeout: float | None = None
+    entry_timeout: float | None = None
+    negative_timeout: float | None = None
+    dir_timeout: float | None = None
+    cache_size: int | None = None
     writeback: bool = False
     kernel_flags: tuple[str, ...] = ()
     allow_other: bool = False
@@ -344,6 +375,9 @@ def _check_combinations(values: dict[str, Any]) -> None:
     if not socket and not source:
         cure = "give --socket PATH of a running daemon, or --source DIR to share a directory"
         raise UsageError("neither --socket nor --source is given", cure)
+    if values.get("cache") == "host" and (given := [name for name in TIMES if name in values]):
+        cure = "leave it out, or choose another mode"
+        raise UsageError(f"--cache host has the daemon's times, not --{given[0]}", cure)
     if values.get("daemonize") and (values.get("foreground") or values.get("debug")):
         raise UsageError("--daemonize and --foreground (or -d) exclude each other")
 
@@ -359,7 +393,8 @@ def _settings(values: dict[str, Any], mountpoint: str, as_helper: bool) -> Mount
     # fmt: off
     plain = (
         "cache", "timeout", "writeback", "allow_other", "fsname", "subtype", "ready-fd",
-        "cpus", "engine", "log-level", "request-timeout", "queue-size", "poll-us",
+        "cpus", "engine", "log-level", "request-timeout", "queue-size", "poll-us", *TIMES,
+        "cache-size",
     )
     # fmt: on
     if values.get("debug"):

@@ -42,10 +42,12 @@ from vfsmount.channel.inflight import ABANDONED, DONE, SENT, Pending
 from vfsmount.channel.rings import PollBudget
 from vfsmount.channel.statistics import OpcodeCounter
 from vfsmount.client.relay_interrupts import LOOK_SECONDS, Interrupts
+from vfsmount.client.relay_opens import CHANGES, OpenChecks, invalidation
 from vfsmount.client.relay_rewrite import (
     CapabilityMemory,
     SetIdMemory,
     asks_for_capability,
+    flags_below_writeback,
     largest_request,
     negative_entry,
     reply_rewriters,
@@ -95,6 +97,7 @@ _COUNT: Final = struct.Struct("<I").unpack_from
 _LK_IN: Final = fuse.LK_IN.size
 _WRITE: Final = int(Opcode.WRITE)
 _LOOKUP: Final = int(Opcode.LOOKUP)
+_OPEN: Final = int(Opcode.OPEN)
 
 #: Opcodes that are never answered, or only when refused.
 _SILENT: Final = frozenset(
@@ -161,13 +164,19 @@ class Relay:
         self._done: list[Pending] = []
         self._undone: list[Pending] = []
         self._modes = SetIdMemory()
-        self._rewriters = reply_rewriters(policy, None if clears_set_id else self._modes)
+        self._opens = OpenChecks(loan, policy)
+        self._rewriters = reply_rewriters(
+            policy, None if clears_set_id else self._modes, self._opens.fresh
+        )
+        self._checks_opens = policy.revalidate
         #: Requests of our own, and the write that waits for each; None for those that undo.
         self._held: dict[Pending, Slot] = {}
         self._negative = negative_entry(policy)
         self._capabilities = CapabilityMemory(policy.attr_timeout)
         self._interrupts = Interrupts(self._give_up, self._lock_of, self._pid_of)
         self._local = self._local_handlers()
+        if policy.writeback:
+            self._local[_OPEN] = self._local[int(Opcode.CREATE)] = self._take_open
         self._small_rooms = small_rooms(SMALL_REPLY)
         self._header = bytearray(_OUT)
         self._absent = bytearray(_OUT) + (self._negative or b"")
@@ -306,7 +315,7 @@ class Relay:
     def _in_flight(self) -> list[Slot]:
         """Requests of the kernel that the device has, those answered already included."""
         slots = [one for one in self._queue.outstanding() if isinstance(one, Slot)]
-        return slots + list(self._held.values())
+        return slots + list(self._held.values()) + self._opens.waiting()
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -372,8 +381,12 @@ class Relay:
             self._reply_error(unique, errno.EIO)
             return False
         slot.started_ns = perf_counter_ns()
-        if opcode == _WRITE and self._must_wait_for_mode(slot, at, nodeid):
-            return True
+        if opcode in CHANGES:
+            self._opens.begin_change()
+            if opcode == _WRITE and self._must_wait_for_mode(slot, at, nodeid):
+                return True
+        elif opcode == _OPEN and self._checks_opens:
+            self._opens.begin(slot)
         if slot.head >= 0:
             self._queue.submit_reserved(slot, slot.head, at, size)
         else:
@@ -408,6 +421,7 @@ class Relay:
             Opcode.BATCH_FORGET: self._take_batch_forget,
             Opcode.INTERRUPT: self._take_interrupt,
             Opcode.CREATE: self._take_create,
+            Opcode.GETATTR: self._take_getattr,
             Opcode.GETXATTR: self._take_getxattr,
             Opcode.SETXATTR: self._take_xattr_change,
             Opcode.REMOVEXATTR: self._take_xattr_change,
@@ -432,6 +446,7 @@ class Relay:
     def _forget(self, nodeid: int, nlookup: int) -> None:
         self._capabilities.drop(nodeid)
         self._modes.drop(nodeid)
+        self._opens.forget(nodeid)
         forgets = self._loan.forgets
         forgets.add(nodeid, nlookup)
         if len(forgets) >= _FORGET_BATCH:
@@ -469,6 +484,20 @@ class Relay:
         flags: int = _COUNT(self._map, at + _IN)[0]
         _PUT_U32(self._map, at + _IN, flags & ~os.O_CREAT)
         return False
+
+    def _take_open(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+        flags: int = _COUNT(self._map, at + _IN)[0]
+        _PUT_U32(self._map, at + _IN, flags_below_writeback(flags) & ~os.O_CREAT)
+        return False
+
+    def _take_getattr(self, slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
+        body = self._opens.take_parked(nodeid)
+        if body is None:
+            return False
+        header = fuse.OUT_HEADER.values(_OUT + len(body), 0, slot.answers)
+        with suppress(OSError):  # the caller is gone, or all is
+            self._write(header + body)
+        return True
 
     def _take_getxattr(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
         slot.is_capability = asks_for_capability(self._map, at, size)
@@ -523,12 +552,10 @@ class Relay:
             if type(pending) is not Slot:
                 self._finish_own(pending)
                 continue
-            if pending.state == DONE:
-                self._answer(pending)
-            else:
-                self._undo(pending)
-            pending.answers = 0
-            self._pool.put(pending)
+            if pending.opcode in CHANGES:
+                self._opens.end_change()
+            if pending.check is None or self._opens.replied(pending):
+                self._finish(pending)
         done.clear()
         if self._asleep:
             self._asleep = False
@@ -539,11 +566,25 @@ class Relay:
         if self._answered_ns > self._looked_ns:
             self._look_after(idle=False)
 
+    def _finish(self, slot: Slot) -> None:
+        """All that an answer needs is there."""
+        if slot.state == DONE:
+            self._answer(slot)
+        else:
+            self._undo(slot)
+        slot.check = None
+        slot.answers = 0
+        self._pool.put(slot)
+
     def _finish_own(self, pending: Pending) -> None:
-        """A request of our own is through; a write may have waited for it."""
+        """A request of our own is through; a write or an open may have waited for it."""
+        opened = self._opens.learned(pending)
         self._loan.arena.free(pending.block)
+        if opened is not None:
+            self._finish(opened)
         held = self._held.pop(pending, None)
         if held is not None and held.state == ABANDONED:
+            self._opens.end_change()
             self._pool.put(held)
         elif held is not None:
             self._submit(held)
@@ -571,6 +612,8 @@ class Relay:
         rewrite = self._rewriters.get(opcode)
         if rewrite is not None:
             rewrite(self._map, at, length, slot.nodeid)
+        if slot.check is not None and not self._may_open(slot):
+            return
         if slot.answers != slot.unique:
             self._write_header(slot.answers, 0)
             return
@@ -578,6 +621,20 @@ class Relay:
             self._write(self._view[at - _OUT : at + length])
         except OSError as error:
             self._refused(slot, error)
+
+    def _may_open(self, slot: Slot) -> bool:
+        """Put into an OPEN's answer what its check has found; False when it is refused."""
+        verdict = self._opens.judge(slot)
+        if verdict.replaced:
+            # The kernel takes it as: look the name up again, then open what that finds.
+            self._take_back(slot)
+            self._reply_error(slot.answers, errno.ESTALE)
+            return False
+        if not verdict.keep_attributes:
+            # Of attributes alone, which takes no lock that a request could hold.
+            with suppress(OSError):  # forgotten meanwhile
+                self._write(invalidation(slot.nodeid))
+        return True
 
     def _answer_error(self, slot: Slot) -> None:
         number = slot.errno
@@ -624,8 +681,11 @@ class Relay:
 
     def _undo(self, slot: Slot) -> None:
         """Take back what a late reply has handed out."""
-        if not self._interrupts.settle(slot) or slot.errno:
-            return
+        if self._interrupts.settle(slot) and not slot.errno:
+            self._take_back(slot)
+
+    def _take_back(self, slot: Slot) -> None:
+        """Have the daemon forget what a reply has handed out."""
         args = self._map[slot.at + _IN : slot.at + _IN + _LK_IN]
         reply = self._map[slot.data_at : slot.data_at + slot.length]
         undo = undo_late_reply(slot.opcode, slot.nodeid, args, reply)

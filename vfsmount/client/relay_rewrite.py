@@ -4,10 +4,13 @@ A FUSE request of the kernel is a virtio-fs message as it stands, and so is the 
 the complete list of exceptions:
 
 * INIT is answered here: the session has done its own with the daemon (``init_answer``).
-* Validity times and open flags in replies become those of the cache policy (``reply_rewriters``).
+* Validity times and open flags in replies become those of the cache policy (``reply_rewriters``),
+  except in mode ``host``.
 * "No such name" becomes a negative entry where the policy remembers absence (``negative_entry``).
 * Set-id bits are taken off before a write that must clear them, where the daemon will not
   (``SetIdMemory``).
+* Below the kernel's write-back a file is opened readable and not for appending
+  (``flags_below_writeback``).
 * An unlock that may wait (SETLKW) becomes one that may not (SETLK).
 * CREATE goes without O_CREAT, which it implies: virtiofsd (C) would pass it to openat(2) without a
   mode, and abort, when the file exists already, as it may while the kernel remembers its absence.
@@ -22,10 +25,14 @@ inside the reply, so a daemon that writes at the same time can spoil nothing but
 from __future__ import annotations
 
 import errno
+import os
 import stat
 import struct
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
+from vfsmount.cache.freshness import SIGNATURE_AT, SIGNATURE_SIZE
+from vfsmount.cache.policy import FOREVER
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import InitFlag, InitIn, InitOut, Opcode, OpenOutFlag
 
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import TypeAlias
 
+    from vfsmount.cache.freshness import Freshness
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.client.session import InitFacts
 
@@ -45,6 +53,7 @@ __all__ = [
     "CapabilityMemory",
     "SetIdMemory",
     "asks_for_capability",
+    "flags_below_writeback",
     "flags_to_withdraw",
     "init_answer",
     "largest_request",
@@ -236,6 +245,9 @@ _OPEN_FLAGS_AT: Final = 8
 _DIRENTPLUS: Final = _ENTRY + fuse.DIRENT.size
 _NAME_LENGTH: Final = struct.Struct("<I").unpack_from
 _NAME_LENGTH_AT: Final = _ENTRY + 16
+_NODEID: Final = struct.Struct("<Q").unpack_from
+_ENTRY_SIGNATURE: Final = 40 + SIGNATURE_AT  # fuse_attr is at 40 of entry_out, at 16 of attr_out
+_ATTR_SIGNATURE: Final = 16 + SIGNATURE_AT
 
 #: Open flags that the policy decides; the others (STREAM, NONSEEKABLE, ...) are the daemon's.
 _POLICY_FLAGS: Final = OpenOutFlag.DIRECT_IO | OpenOutFlag.KEEP_CACHE | OpenOutFlag.CACHE_DIR
@@ -249,7 +261,11 @@ def _split(seconds: float) -> tuple[int, int]:
     return whole, int((seconds - whole) * 1_000_000_000)
 
 
-def reply_rewriters(policy: CachePolicy, modes: SetIdMemory | None = None) -> dict[int, Rewriter]:
+def reply_rewriters(
+    policy: CachePolicy,
+    modes: SetIdMemory | None = None,
+    fresh: Freshness | None = None,
+) -> dict[int, Rewriter]:
     """Return what is to be done to a successful reply, by opcode; most opcodes have nothing.
 
     Bytes are compared first and stored only when they differ: a daemon in the same cache mode has
@@ -258,6 +274,7 @@ def reply_rewriters(policy: CachePolicy, modes: SetIdMemory | None = None) -> di
     Args:
         policy: The cache policy.
         modes: Is told each mode that passes, where somebody needs to know.
+        fresh: Is told the attributes that pass, likewise.
     """
     (entry_s, entry_ns), (attr_s, attr_ns) = (
         _split(policy.entry_timeout),
@@ -268,26 +285,37 @@ def reply_rewriters(policy: CachePolicy, modes: SetIdMemory | None = None) -> di
     absent_s, absent_ns = _split(policy.negative_timeout)
     absent_valid = _ENTRY_VALID.pack(absent_s, 0, absent_ns, 0)
     no_node = bytes(8)
-    file_flags, dir_flags = _open_flags(policy)
+    file_flags = _open_flags(policy)
+    from_host = policy.from_host
+    listings = ListingAges()
+
+    def learn(memory: mmap.mmap, at: int) -> None:
+        if modes is not None:
+            modes.see(*_ENTRY_MODE(memory, at))
+        if fresh is not None:
+            start = at + _ENTRY_SIGNATURE
+            fresh.gave(_NODEID(memory, at)[0], memory[start : start + SIGNATURE_SIZE])
 
     def entry(memory: mmap.mmap, at: int, length: int, _nodeid: int) -> None:
         if length < _ENTRY:
             return
         start = at + _ENTRY_VALID_AT
         end = start + _ENTRY_VALID.size
-        if memory[start:end] != entry_valid:
+        if memory[start:end] != entry_valid and not from_host:
             exists = memory[at : at + 8] != no_node
             memory[start:end] = entry_valid if exists else absent_valid
-        if modes is not None:
-            modes.see(*_ENTRY_MODE(memory, at))
+        learn(memory, at)
 
     def attr(memory: mmap.mmap, at: int, length: int, nodeid: int) -> None:
         if length < _ATTR_OUT:
             return
-        if memory[at : at + _ATTR_VALID.size] != attr_valid:
+        if memory[at : at + _ATTR_VALID.size] != attr_valid and not from_host:
             memory[at : at + _ATTR_VALID.size] = attr_valid
         if modes is not None:
             modes.see(nodeid, _U32.unpack_from(memory, at + _MODE_AT)[0])
+        if fresh is not None:
+            start = at + _ATTR_SIGNATURE
+            fresh.gave(nodeid, memory[start : start + SIGNATURE_SIZE])
 
     def statx(memory: mmap.mmap, at: int, length: int, _nodeid: int) -> None:
         if length >= _ATTR_VALID.size and memory[at : at + _ATTR_VALID.size] != attr_valid:
@@ -297,15 +325,17 @@ def reply_rewriters(policy: CachePolicy, modes: SetIdMemory | None = None) -> di
         if length < fuse.OPEN_OUT.size:
             return
         theirs: int = _U32.unpack_from(memory, at + _OPEN_FLAGS_AT)[0]
-        flags = (theirs & ~(_POLICY_FLAGS | _NEVER_FLAGS)) | ours
+        flags = theirs & ~_NEVER_FLAGS
+        if not from_host:
+            flags = (flags & ~_POLICY_FLAGS) | ours
         if flags != theirs:
             _U32.pack_into(memory, at + _OPEN_FLAGS_AT, flags)
 
     def opened_file(memory: mmap.mmap, at: int, length: int, _nodeid: int) -> None:
         opened(memory, at, length, file_flags)
 
-    def opened_dir(memory: mmap.mmap, at: int, length: int, _nodeid: int) -> None:
-        opened(memory, at, length, dir_flags)
+    def opened_dir(memory: mmap.mmap, at: int, length: int, nodeid: int) -> None:
+        opened(memory, at, length, listings.flags(nodeid, policy, monotonic()))
 
     def created(memory: mmap.mmap, at: int, length: int, nodeid: int) -> None:
         entry(memory, at, length, nodeid)
@@ -315,35 +345,55 @@ def reply_rewriters(policy: CachePolicy, modes: SetIdMemory | None = None) -> di
         end = at + length
         while at + _DIRENTPLUS <= end:
             start = at + _ENTRY_VALID_AT
-            if memory[start : start + _ENTRY_VALID.size] != entry_valid:
+            if memory[start : start + _ENTRY_VALID.size] != entry_valid and not from_host:
                 memory[start : start + _ENTRY_VALID.size] = entry_valid
-            if modes is not None:
-                modes.see(*_ENTRY_MODE(memory, at))
+            learn(memory, at)
             # The length may lie; the kernel then refuses the reply. Each step goes on by 152 at
             # least, so this ends, and stays inside the reply.
             at += (_DIRENTPLUS + _NAME_LENGTH(memory, at + _NAME_LENGTH_AT)[0] + 7) & -8
 
-    table: dict[Opcode, Rewriter] = dict.fromkeys(
-        (Opcode.LOOKUP, Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK), entry
-    )
-    table |= dict.fromkeys((Opcode.GETATTR, Opcode.SETATTR), attr)
+    table: dict[Opcode, Rewriter] = {Opcode.OPEN: opened_file, Opcode.OPENDIR: opened_dir}
     table |= dict.fromkeys((Opcode.CREATE, Opcode.TMPFILE), created)
-    table |= {
-        Opcode.STATX: statx,
-        Opcode.OPEN: opened_file,
-        Opcode.OPENDIR: opened_dir,
-        Opcode.READDIRPLUS: listed,
-    }
+    if not from_host or modes is not None:
+        names = (Opcode.LOOKUP, Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK)
+        table |= dict.fromkeys(names, entry)
+        table |= dict.fromkeys((Opcode.GETATTR, Opcode.SETATTR), attr)
+        table[Opcode.READDIRPLUS] = listed
+    if not from_host:
+        table[Opcode.STATX] = statx
     return {int(opcode): rewriter for opcode, rewriter in table.items()}
 
 
-def _open_flags(policy: CachePolicy) -> tuple[int, int]:
-    """The policy's open flags for files and for directories."""
+def _open_flags(policy: CachePolicy) -> int:
+    """The policy's open flags for files, as far as they are the same for all."""
     if policy.direct_io:
-        return OpenOutFlag.DIRECT_IO, 0
-    if policy.keep_cache:
-        return OpenOutFlag.KEEP_CACHE, OpenOutFlag.KEEP_CACHE | OpenOutFlag.CACHE_DIR
-    return 0, 0
+        return OpenOutFlag.DIRECT_IO
+    return OpenOutFlag.KEEP_CACHE if policy.keep_cache else OpenOutFlag(0)
+
+
+class ListingAges:
+    """When the kernel began to keep the listing of each directory; bounded."""
+
+    __slots__ = ("_since",)
+    _LIMIT: Final = 1 << 14
+
+    def __init__(self) -> None:
+        self._since: dict[int, float] = {}
+
+    def flags(self, nodeid: int, policy: CachePolicy, now: float) -> int:
+        """Return the open flags of a directory that is opened at ``now`` seconds."""
+        if not policy.dir_timeout:
+            return 0
+        if policy.dir_timeout == FOREVER:
+            return OpenOutFlag.CACHE_DIR | OpenOutFlag.KEEP_CACHE
+        since = self._since.get(nodeid)
+        if policy.keeps_listing(None if since is None else now - since):
+            return OpenOutFlag.CACHE_DIR | OpenOutFlag.KEEP_CACHE
+        self._since.pop(nodeid, None)
+        self._since[nodeid] = now
+        if len(self._since) > self._LIMIT:
+            del self._since[next(iter(self._since))]
+        return OpenOutFlag.CACHE_DIR
 
 
 def negative_entry(policy: CachePolicy) -> bytes | None:
@@ -354,6 +404,17 @@ def negative_entry(policy: CachePolicy) -> bytes | None:
     body = bytearray(_ENTRY)
     _ENTRY_VALID.pack_into(body, _ENTRY_VALID_AT, seconds, 0, nanoseconds, 0)
     return bytes(body)
+
+
+def flags_below_writeback(flags: int) -> int:
+    """Return the flags with which the daemon opens or creates a file that the kernel writes back.
+
+    The kernel reads around what it writes, and appends by itself: O_APPEND would move its pages.
+    virtiofsd does the same by itself when told ``--writeback``, but the Rust one not in CREATE.
+    """
+    if flags & os.O_ACCMODE == os.O_WRONLY:
+        flags = (flags & ~os.O_ACCMODE) | os.O_RDWR
+    return flags & ~os.O_APPEND
 
 
 # --- set-id bits ---------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from vfsmount.wire import fuse
 
 if TYPE_CHECKING:
     from vfsmount.channel.loan import Loan
+    from vfsmount.client.relay_opens import OpenCheck
 
 __all__ = ["SMALL_REPLY", "Slot", "SlotPool"]
 
@@ -53,12 +54,14 @@ class Slot(Pending):
         is_capability: The request is a GETXATTR of security.capability.
         answers: ``unique`` that the kernel waits for; another than the device's only for a wait
             for a lock that was interrupted and asked for again.
+        check: What an OPEN has to know besides its reply; None for anything else.
     """
 
     __slots__ = (
         "answers",
         "at",
         "base",
+        "check",
         "end",
         "head",
         "is_capability",
@@ -78,6 +81,7 @@ class Slot(Pending):
         self.head = head
         self.touched = 0
         self.is_capability = False
+        self.check: OpenCheck | None = None
         self.size = 0
         self.answers = 0
 

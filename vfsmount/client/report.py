@@ -38,6 +38,7 @@ class Mount(Protocol):
     entry: MountEntry | None
     engine: Engine | None
     lost: VfsmountError | None
+    readahead: int | None
     started: float
 
     @property
@@ -63,8 +64,9 @@ def status_document(mount: Mount, session: Session) -> dict[str, Any]:
         "lost": None if mount.lost is None else str(mount.lost),
         "uptime_s": round(time.monotonic() - mount.started, 3),
         "options": mount.settings.libfuse_options(as_root=is_root()),
-        "cache": cache_facts(mount.policy),
+        "cache": cache_facts(mount.policy) | _write_back(mount),
         "kernel": _kernel_facts(mount),
+        "readahead_bytes": mount.readahead,
         "daemon": daemon_facts(session),
     } | traffic(session.channel.statistics())
 
@@ -89,10 +91,26 @@ def cache_facts(policy: CachePolicy) -> dict[str, Any]:
         "entry_timeout_s": policy.entry_timeout,
         "attr_timeout_s": policy.attr_timeout,
         "negative_timeout_s": policy.negative_timeout,
+        "dir_timeout_s": policy.dir_timeout,
         "direct_io": policy.direct_io,
         "keep_cache": policy.keep_cache,
+        "revalidate": policy.revalidate,
+        "from_host": policy.from_host,
         "writeback": policy.writeback,
+        "size_bytes": policy.size,
     }
+
+
+def _write_back(mount: Mount) -> dict[str, Any]:
+    """Who keeps written pages for a while: ``kernel``, ``vfsmount``, or nobody and why."""
+    who: str | None = None
+    if mount.policy.writeback and mount.engine is not None:
+        flags = mount.engine.kernel_flags()
+        if flags is None:
+            who = "vfsmount"
+        else:
+            who = "kernel" if InitFlag.WRITEBACK_CACHE in flags else "the daemon refuses"
+    return {"writeback_by": who}
 
 
 def daemon_facts(session: Session) -> dict[str, Any]:

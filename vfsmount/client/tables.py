@@ -71,10 +71,14 @@ def _processes(status: Mapping[str, Any]) -> str:
 
 
 def _cache(cache: Mapping[str, Any]) -> str:
+    if cache.get("from_host"):  # a mount of an older version does not say
+        return f"{cache['mode']}, as the daemon says"
     words = [cache["mode"], f"names {cache['entry_timeout_s']:g} s"]
     words += [f"attributes {cache['attr_timeout_s']:g} s"]
     words += [f"absent names {cache['negative_timeout_s']:g} s"]
     words += [name.replace("_", " ") for name in ("direct_io", "writeback") if cache[name]]
+    if cache.get("writeback_by"):
+        words[-1] += f" ({cache['writeback_by']})"
     return ", ".join(words)
 
 

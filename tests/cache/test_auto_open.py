@@ -1,0 +1,145 @@
+"""Mode ``auto`` on real mounts: an open sees what the host has, long before any timeout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from tests.support.daemons import DAEMON_KINDS, require_daemon, start_daemon
+from tests.support.environment import TMPFS, tmpfs_problem
+from tests.support.mounts import start_mount
+from vfsmount.client.status import read_status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.needs_fuse
+
+#: Seconds: nothing in these tests may be seen because of it.
+LONG = "1000"
+
+
+class Place(NamedTuple):
+    """A mounted share: the folder at the host, and where it is mounted."""
+
+    host: Path
+    path: Path
+
+    def count(self, *opcodes: str) -> int:
+        """Requests of these kinds so far."""
+        rows = read_status(str(self.path.parent))["requests"]
+        return sum(rows[name]["count"] for name in opcodes if name in rows)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((kind, engine), id=f"{kind}-{engine}", marks=pytest.mark.needs_daemon)
+        for kind in DAEMON_KINDS
+        for engine in ("relay", "pyfuse3")
+    ],
+)
+def mounted(request: pytest.FixtureRequest) -> Iterator[Place]:
+    kind, engine = request.param
+    require_daemon(kind)
+    home = Path(tempfile.mkdtemp(prefix="vfsmount-auto-", dir=None if tmpfs_problem() else TMPFS))
+    host, path = home / "host", home / "mnt"
+    try:
+        host.mkdir()
+        path.mkdir()
+        with (
+            start_daemon(kind, host) as daemon,
+            start_mount(path, daemon.socket, engine=engine, options=("--timeout", LONG)),
+        ):
+            yield Place(host, path)
+    finally:
+        shutil.rmtree(home)
+
+
+@pytest.fixture
+def here(mounted: Place) -> Place:
+    """A folder that no test has used before."""
+    name = f"{len(os.listdir(mounted.host))}"
+    (mounted.path / name).mkdir()
+    return Place(mounted.host / name, mounted.path / name)
+
+
+def primed(here: Place, content: bytes) -> tuple[Path, Path]:
+    """A file of which the kernel knows name, attributes and pages."""
+    (here.host / "file").write_bytes(content)
+    seen = here.path / "file"
+    assert seen.read_bytes() == content
+    assert seen.read_bytes() == content
+    return here.host / "file", seen
+
+
+@pytest.mark.parametrize("new", [b"new and much longer", b"2", b"", b"same size here!!"])
+def test_an_open_sees_a_change_at_once(here: Place, new: bytes) -> None:
+    at_host, seen = primed(here, b"the old contents")
+    at_host.write_bytes(new)
+    descriptor = os.open(seen, os.O_RDONLY)
+    try:
+        assert os.fstat(descriptor).st_size == len(new)
+        assert os.read(descriptor, 100) == new
+    finally:
+        os.close(descriptor)
+    assert seen.stat().st_size == len(new)
+
+
+def test_a_change_whose_mtime_was_set_back_is_seen(here: Place) -> None:
+    at_host, seen = primed(here, b"before")
+    times = at_host.stat()
+    at_host.write_bytes(b"after!")
+    os.utime(at_host, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert seen.read_bytes() == b"after!"
+
+
+def test_a_replaced_file_is_seen(here: Place) -> None:
+    at_host, seen = primed(here, b"the first")
+    other = here.host / "other"
+    other.write_bytes(b"another file of that name")
+    other.rename(at_host)
+    assert seen.read_bytes() == b"another file of that name"
+    assert seen.stat().st_ino == at_host.stat().st_ino
+
+
+def test_a_removed_file_cannot_be_opened(here: Place) -> None:
+    at_host, seen = primed(here, b"doomed")
+    at_host.unlink()
+    with pytest.raises(FileNotFoundError):
+        seen.open("rb")
+
+
+def test_a_removed_file_can_be_opened_through_its_descriptor(here: Place) -> None:
+    at_host, seen = primed(here, b"doomed")
+    with seen.open("rb") as held:
+        at_host.unlink()
+        again = Path(f"/proc/self/fd/{held.fileno()}")
+        assert again.read_bytes() == b"doomed"
+        assert again.read_bytes() == b"doomed"
+
+
+def test_an_unchanged_file_keeps_its_pages(here: Place) -> None:
+    _, seen = primed(here, b"x" * 1_000_000)
+    before = here.count("READ")
+    assert before
+    for _ in range(5):
+        seen.read_bytes()
+    assert here.count("READ") == before
+
+
+def test_own_changes_are_seen(here: Place) -> None:
+    _, seen = primed(here, b"one")
+    seen.write_bytes(b"two and three")
+    assert seen.read_bytes() == b"two and three"
+    with seen.open("ab") as handle:
+        handle.write(b", four")
+        handle.flush()
+        assert seen.read_bytes() == b"two and three, four"
+        assert seen.stat().st_size == 19
+    assert (here.host / "file").read_bytes() == b"two and three, four"

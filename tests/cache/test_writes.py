@@ -1,0 +1,146 @@
+"""Writes on real mounts, with write-back and without: what the host gets, and when."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from benchmarks.fsx import Run
+from tests.support.daemons import DAEMON_KINDS, require_daemon, start_daemon
+from tests.support.environment import TMPFS, tmpfs_problem
+from tests.support.mounts import start_mount
+from vfsmount.client.status import read_status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.needs_fuse, pytest.mark.needs_daemon, pytest.mark.slow]
+
+MIB = 1 << 20
+MODES = ("none", "auto", "always", "auto+writeback", "always+writeback")
+
+
+class Place(NamedTuple):
+    """A mounted share: engine, mode, the folder at the host, and where it is mounted."""
+
+    engine: str
+    mode: str
+    host: Path
+    path: Path
+
+    def count(self, opcode: str) -> int:
+        """Requests of this kind so far."""
+        rows = read_status(str(self.path))["requests"]
+        return int(rows[opcode]["count"]) if opcode in rows else 0
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((kind, engine, mode), id=f"{kind}-{engine}-{mode}")
+        for kind in DAEMON_KINDS
+        for engine in ("relay", "pyfuse3")
+        for mode in MODES
+    ],
+)
+def here(request: pytest.FixtureRequest) -> Iterator[Place]:
+    kind, engine, mode = request.param
+    require_daemon(kind)
+    home = Path(tempfile.mkdtemp(prefix="vfsmount-writes-", dir=None if tmpfs_problem() else TMPFS))
+    host, path = home / "host", home / "mnt"
+    cache, _, writeback = mode.partition("+")
+    extra = {"rust": ("--writeback",), "c": ("-o", "writeback")}.get(kind, ())
+    try:
+        host.mkdir()
+        path.mkdir()
+        with (
+            start_daemon(kind, host, extra=extra if writeback else ()) as daemon,
+            start_mount(
+                path,
+                daemon.socket,
+                engine=engine,
+                cache=cache,
+                options=("--writeback",) if writeback else (),
+            ),
+        ):
+            yield Place(engine, mode, host, path)
+    finally:
+        shutil.rmtree(home)
+
+
+def test_random_operations(here: Place) -> None:
+    run = Run(here.path / "fsx", seed=1, maps=here.mode != "none")
+    try:
+        run.run(1500)
+    finally:
+        expected = run.close()
+    assert (here.host / "fsx").read_bytes() == expected
+
+
+def test_small_writes_are_gathered(here: Place) -> None:
+    before = here.count("WRITE")
+    with (here.path / "gathered").open("wb", buffering=0) as handle:
+        for _ in range(256):
+            handle.write(b"x" * 4096)
+    sent = here.count("WRITE") - before
+    assert (here.host / "gathered").read_bytes() == b"x" * MIB
+    if "writeback" in here.mode and (here.engine == "pyfuse3" or is_kernels(here)):
+        assert sent <= 2
+    else:
+        assert sent == 256
+
+
+def is_kernels(here: Place) -> bool:
+    """Whether the daemon has accepted the kernel's write-back."""
+    return "WRITEBACK_CACHE" in read_status(str(here.path))["daemon"]["init_flags"]
+
+
+def test_fsync_brings_it_to_the_host(here: Place) -> None:
+    with (here.path / "synced").open("wb", buffering=0) as handle:
+        handle.write(b"safe")
+        os.fsync(handle.fileno())
+        assert (here.host / "synced").read_bytes() == b"safe"
+
+
+def test_without_writeback_a_write_is_at_the_host(here: Place) -> None:
+    with (here.path / "through").open("wb", buffering=0) as handle:
+        handle.write(b"there")
+        if "writeback" not in here.mode:
+            assert (here.host / "through").read_bytes() == b"there"
+
+
+def test_renamed_and_removed_while_dirty(here: Place) -> None:
+    old, new, gone = (here.path / name for name in ("old", "new", "gone"))
+    with old.open("wb", buffering=0) as one, gone.open("w+b", buffering=0) as two:
+        one.write(b"moved")
+        two.write(b"removed")
+        old.rename(new)
+        gone.unlink()
+        two.seek(0)
+        assert two.read() == b"removed"
+    assert (here.host / "new").read_bytes() == b"moved"
+    assert not (here.host / "gone").exists()
+
+
+def test_times_set_after_writing_stay(here: Place) -> None:
+    with (here.path / "dated").open("wb", buffering=0) as handle:
+        handle.write(b"old news")
+        os.utime(handle.fileno(), ns=(10**18, 10**18))
+    assert (here.host / "dated").stat().st_mtime_ns == 10**18
+    assert (here.path / "dated").stat().st_mtime_ns == 10**18
+
+
+def test_holes(here: Place) -> None:
+    with (here.path / "holes").open("wb", buffering=0) as handle:
+        for at in (5 * MIB, MIB, 3 * MIB):
+            os.pwrite(handle.fileno(), b"island", at)
+        assert os.fstat(handle.fileno()).st_size == 5 * MIB + 6
+    content = (here.host / "holes").read_bytes()
+    assert len(content) == 5 * MIB + 6
+    assert content.count(b"island") == 3
+    assert content[MIB : MIB + 6] == b"island"

@@ -1,0 +1,224 @@
+"""What each cache mode promises, counted in messages that reach the daemon.
+
+One row of ``PROOFS`` is an action of a program and, for each mode, how many messages it may cost.
+The numbers come from the mount's own ``status``; they do not depend on how fast the machine is,
+because mode ``auto`` gets a timeout that no test reaches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.daemons import DAEMON_KINDS, require_daemon
+from tests.support.shares import Shared, messages, open_shared
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.needs_fuse, pytest.mark.slow]
+
+ENGINES = ("relay", "pyfuse3")
+MODES = ("none", "auto", "always")
+
+KIB = 1 << 10
+MIB = 1 << 20
+#: Seconds; longer than any test.
+LONG = "600"
+MANY = 1 << 30
+
+ASKS = ("LOOKUP", "GETATTR", "STATX")
+LISTS = ("READDIR", "READDIRPLUS")
+#: What opens and closes of a file or directory send, and what comes with them.
+HANDLES = ("OPEN", "OPENDIR", "RELEASE", "RELEASEDIR", "FLUSH", "IOCTL", "GETXATTR")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """At least ``least`` and at most ``most`` messages of these opcodes."""
+
+    opcodes: tuple[str, ...]
+    least: int
+    most: int
+
+    def check(self, counted: Counter[str]) -> None:
+        total = sum(counted[opcode] for opcode in self.opcodes)
+        assert self.least <= total <= self.most, f"{self}, but there were {dict(counted)}"
+
+
+def at_most(most: int, *opcodes: str) -> Bound:
+    return Bound(opcodes, 0, most)
+
+
+def at_least(least: int, *opcodes: str) -> Bound:
+    return Bound(opcodes, least, MANY)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A row of the table.
+
+    Attributes:
+        name: What it is about.
+        prepare: Makes what is needed, in a folder of the host.
+        act: What is counted, in the same folder, mounted. The folder itself is looked up before,
+            so that the count does not depend on how deep it is.
+        bounds: By mode, what it may cost; a mode that is absent promises nothing.
+        again: The action is done once before it is counted: in all modes, or in ``always``.
+        writeback: On a mount with ``--writeback``.
+    """
+
+    name: str
+    prepare: Callable[[Path], object]
+    act: Callable[[int], object]
+    bounds: dict[str, list[Bound]]
+    again: tuple[str, ...] = field(default=("always",))
+    writeback: bool = False
+
+
+# --- actions, in the folder of a descriptor ------------------------------------------------------
+
+
+def make_file(size: int) -> Callable[[Path], object]:
+    return lambda folder: (folder / "file").write_bytes(os.urandom(size))
+
+
+def make_entries(folder: Path) -> None:
+    (folder / "d").mkdir()
+    for number in range(1000):
+        (folder / "d" / f"entry-{number:04}").touch()
+
+
+def stat_often(folder: int) -> None:
+    for _ in range(100):
+        os.stat("file", dir_fd=folder)
+
+
+def stat_absent_often(folder: int) -> None:
+    for _ in range(100):
+        with pytest.raises(FileNotFoundError):
+            os.stat("absent", dir_fd=folder)
+
+
+def list_long(folder: int) -> None:
+    """Do what ``ls -l`` does, except that ls asks for extended attributes as well."""
+    fd = os.open("d", os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
+    try:
+        with os.scandir(fd) as entries:
+            assert sum(entry.stat(follow_symlinks=False).st_nlink for entry in entries) == 1000
+    finally:
+        os.close(fd)
+
+
+def read_all(folder: int) -> None:
+    fd = os.open("file", os.O_RDONLY, dir_fd=folder)
+    try:
+        while os.read(fd, 128 * KIB):
+            pass
+    finally:
+        os.close(fd)
+
+
+def write_pieces(folder: int) -> None:
+    fd = os.open("new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=folder)
+    try:
+        for number in range(256):
+            os.pwrite(fd, b"%4d" % number * KIB, number * 4 * KIB)
+    finally:
+        os.close(fd)
+
+
+# fmt: off
+PROOFS = [
+    Proof("stat-100", make_file(1), stat_often, {
+        "none": [at_least(100, *ASKS)],
+        "auto": [at_most(2, *ASKS)],
+        "always": [at_most(0, *ASKS)],
+    }),
+    Proof("absent-100", make_file(1), stat_absent_often, {
+        "none": [at_least(100, *ASKS)],
+        "auto": [at_most(1, *ASKS)],
+        "always": [at_most(0, *ASKS)],
+    }),
+    Proof("list-1000", make_entries, list_long, {
+        # The directory itself is looked up, and its attributes asked for when it was read.
+        "auto": [at_most(40, *ASKS, *LISTS, *HANDLES), at_most(2, *ASKS), at_most(0, "READDIR")],
+        "always": [at_most(0, *LISTS), at_most(1, *ASKS)],
+    }),
+    Proof("read-again", make_file(MIB), read_all, {
+        "none": [at_least(1, "READ")],
+        "auto": [at_most(0, "READ")],
+        "always": [at_most(0, "READ")],
+    }, again=MODES),
+    Proof("read-16-MiB", make_file(16 * MIB), read_all, {
+        "auto": [at_least(1, "READ"), at_most(20, "READ")],
+    }),
+    Proof("write-pieces", make_file(1), write_pieces, {
+        "auto": [at_least(1, "WRITE"), at_most(2, "WRITE")],
+        "always": [at_least(1, "WRITE"), at_most(2, "WRITE")],
+    }, again=(), writeback=True),
+    Proof("write-through", make_file(1), write_pieces, {
+        "none": [Bound(("WRITE",), 256, 256)],
+        "auto": [Bound(("WRITE",), 256, 256)],
+        "always": [Bound(("WRITE",), 256, 256)],
+    }, again=()),
+]
+# fmt: on
+
+
+#: Rows that do not hold yet, each with the reason; strict: one that holds must leave.
+AWAITED = {("pyfuse3", "always", "list-1000"): "no listings are kept"}
+
+SITES = [
+    pytest.param(
+        site,
+        marks=[] if site[0] == "bundled" else [pytest.mark.needs_daemon],
+        id="-".join(site[:3]) + "-writeback" * site[3],
+    )
+    for site in itertools.product(DAEMON_KINDS, ENGINES, MODES, (False, True))
+]
+
+
+def is_case(params: dict[str, Any]) -> bool:
+    """Whether a row says something about a mount."""
+    _, _, mode, writeback = params["shared"]
+    proof = params["proof"]
+    return mode in proof.bounds and proof.writeback == writeback
+
+
+@pytest.fixture(scope="module", params=SITES)
+def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
+    """A mount for all rows."""
+    kind, engine, mode, writeback = request.param
+    require_daemon(kind)
+    options = ["--timeout", LONG]
+    with open_shared(kind, engine, mode, options=options, writeback=writeback) as shared:
+        yield shared
+
+
+@pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: proof.name)
+def test_messages(shared: Shared, proof: Proof, request: pytest.FixtureRequest) -> None:
+    if reason := AWAITED.get((shared.engine, shared.cache, proof.name)):
+        request.applymarker(pytest.mark.xfail(reason=reason))
+    shared.check_alive()
+    (mount,) = shared.mounts
+    host, path = shared.folder()
+    proof.prepare(host)
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if shared.cache in proof.again:
+            proof.act(folder)
+        os.fstat(folder)
+        before = messages(mount)
+        proof.act(folder)
+        counted = messages(mount) - before
+    finally:
+        os.close(folder)
+    for bound in proof.bounds[shared.cache]:
+        bound.check(counted)

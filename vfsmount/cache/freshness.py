@@ -1,0 +1,119 @@
+"""What an open must know: whether the kernel's attributes and pages of a node are still true.
+
+Close-to-open: an open after a change at the host sees the new content and size at once. So an open
+asks the daemon for attributes and compares what tells of changes, a *signature*: size, mtime, ctime
+and the number of links. Two memories answer two questions:
+
+* ``given``: what the kernel was told last. Differs: its attributes are old, and have to be
+  invalidated before the open is answered.
+* ``opened``: what the last open found. The kernel's pages were read since. Same: they are the
+  file's. The kernel itself drops pages when it sees another size or mtime; ctime it does not heed,
+  and only ctime tells of a change whose mtime was set back.
+
+Both are bounded; what was pushed out counts as changed, which costs a request but never a promise.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final, NamedTuple
+
+from vfsmount.wire import fuse
+
+__all__ = ["SIGNATURE_AT", "SIGNATURE_SIZE", "Freshness", "Verdict", "signature_of"]
+
+#: Offset in ``fuse_attr`` (88 bytes) and length of what a signature is made of: size u64 at 8, then
+#: blocks, atime, mtime, ctime u64, their nanoseconds u32, mode u32, nlink u32 at 64.
+SIGNATURE_AT: Final = 8
+SIGNATURE_SIZE: Final = 60
+_FIELDS: Final = struct.Struct("<Q16xQQ4xII4xI")
+_NLINK: Final = struct.Struct("<56xI")
+
+
+class Verdict(NamedTuple):
+    """What an open has found out.
+
+    Attributes:
+        keep_pages: The kernel's pages are what is in the file.
+        keep_attributes: So are its attributes.
+        replaced: The node has no name any more: the name that led here may lead elsewhere by now.
+    """
+
+    keep_pages: bool
+    keep_attributes: bool
+    replaced: bool
+
+
+NOTHING_KNOWN: Final = Verdict(keep_pages=False, keep_attributes=False, replaced=False)
+
+
+def signature_of(attr: fuse.Attr) -> bytes:
+    """Return the part of ``fuse_attr`` that signatures are cut from, as bytes."""
+    return fuse.ATTR.pack(attr)[SIGNATURE_AT : SIGNATURE_AT + SIGNATURE_SIZE]
+
+
+def _essence(raw: bytes) -> tuple[int, ...]:
+    """Size, mtime, ctime; atime, blocks and mode apart."""
+    fields: tuple[int, ...] = _FIELDS.unpack(raw)
+    return fields[:-1]
+
+
+class Freshness:
+    """Signatures by node.
+
+    Args:
+        limit: Most nodes in each memory; 100 bytes each.
+    """
+
+    __slots__ = ("_given", "_limit", "_opened", "_stale")
+
+    def __init__(self, limit: int = 1 << 15) -> None:
+        self._limit = limit
+        self._given: dict[int, bytes] = {}
+        self._opened: dict[int, bytes] = {}
+        self._stale: set[int] = set()
+
+    def gave(self, nodeid: int, raw: bytes) -> None:
+        """The kernel is told attributes; ``raw`` is ``signature_of`` them."""
+        given = self._given
+        given[nodeid] = raw
+        if len(given) > self._limit:
+            del given[next(iter(given))]
+
+    def open(self, nodeid: int, raw: bytes | None) -> Verdict:
+        """Judge an open by the attributes that the daemon has just given, None when it did not.
+
+        A node is called replaced once, not again at the next open: there are ways to open a file
+        without a name, and for those an error would be wrong.
+        """
+        if raw is None:
+            self._opened.pop(nodeid, None)
+            return NOTHING_KNOWN
+        if not _NLINK.unpack(raw)[0] and nodeid not in self._stale:
+            self._stale.add(nodeid)
+            return Verdict(keep_pages=False, keep_attributes=False, replaced=True)
+        now = _essence(raw)
+        before, given = self._opened.pop(nodeid, None), self._given.get(nodeid)
+        self._opened[nodeid] = raw
+        if len(self._opened) > self._limit:
+            del self._opened[next(iter(self._opened))]
+        return Verdict(
+            keep_pages=before is not None and _essence(before) == now,
+            keep_attributes=given is not None and _essence(given) == now,
+            replaced=False,
+        )
+
+    def changed(self, nodeid: int) -> None:
+        """The contents change in a way that no page of the kernel has seen."""
+        self._opened.pop(nodeid, None)
+
+    def forget(self, nodeid: int) -> None:
+        """The kernel knows the node no more; its number may come back as another's."""
+        self._given.pop(nodeid, None)
+        self._opened.pop(nodeid, None)
+        self._stale.discard(nodeid)
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError unless both memories keep within their bounds."""
+        assert len(self._given) <= self._limit
+        assert len(self._opened) <= self._limit
