@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vfsmount.cache.policy import FOREVER, CachePolicy
-from vfsmount.client.options import parse_mount, size
+from vfsmount.client.options import parse_mount
 from vfsmount.errors import UsageError
 
 TIMES = ("entry", "attr", "negative", "dir")
@@ -39,24 +39,12 @@ def test_a_listing_is_kept_for_its_time() -> None:
 
 
 def test_options_reach_the_settings() -> None:
-    words = ["/m", "--socket", "/s", "--attr-timeout", "0.5", "-o", "dir_timeout=3,cache_size=2M"]
+    words = ["/m", "--socket", "/s", "--attr-timeout", "0.5", "-o", "dir_timeout=3"]
     settings = parse_mount(words)
     assert (settings.attr_timeout, settings.dir_timeout) == (0.5, 3.0)
     assert settings.entry_timeout is None
-    assert settings.cache_size == 2 << 20
 
 
 def test_host_refuses_times() -> None:
     with pytest.raises(UsageError, match="attr-timeout"):
         parse_mount(["/m", "--socket", "/s", "--cache", "host", "--attr-timeout", "1"])
-
-
-@pytest.mark.parametrize(("text", "number"), [("0", 0), ("65536", 65536), ("64M", 64 << 20)])
-def test_sizes(text: str, number: int) -> None:
-    assert size(text) == number
-
-
-@pytest.mark.parametrize("text", ["", "-1", "64MB", "1.5M", "M"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a size"):
-        size(text)

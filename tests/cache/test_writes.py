@@ -54,7 +54,7 @@ def here(request: pytest.FixtureRequest) -> Iterator[Place]:
     home = Path(tempfile.mkdtemp(prefix="vfsmount-writes-", dir=None if tmpfs_problem() else TMPFS))
     host, path = home / "host", home / "mnt"
     cache, _, writeback = mode.partition("+")
-    extra = {"rust": ("--writeback",), "c": ("-o", "writeback")}.get(kind, ())
+    extra = ("-o", "writeback") if kind == "c" else ("--writeback",)
     try:
         host.mkdir()
         path.mkdir()

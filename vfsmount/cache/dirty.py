@@ -97,7 +97,7 @@ class DirtyFile:
     def overlaps(self, start: int, size: int) -> bool:
         """Whether any of ``size`` bytes from ``start`` are dirty."""
         index = bisect_left(self._starts, start + size) - 1
-        return index >= 0 and self._starts[index] + len(self._data[index]) > start
+        return size > 0 <= index and self._starts[index] + len(self._data[index]) > start
 
     def take(self, limit: int) -> list[Piece]:
         """Hand everything out, in pieces of ``limit`` bytes at most; nothing is dirty then."""

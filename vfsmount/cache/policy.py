@@ -17,16 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Final
 
-__all__ = ["DEFAULT_SIZE", "FOREVER", "MODES", "CachePolicy"]
+__all__ = ["FOREVER", "MODES", "CachePolicy"]
 
 #: Seconds that stand for "never expires": 31 years, which the kernel's jiffies can still count.
 FOREVER: Final = 1e9
 
 #: Names of the modes, default first.
 MODES: Final = ("auto", "none", "always", "host")
-
-#: Bytes of file contents that a userspace cache keeps.
-DEFAULT_SIZE: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,6 @@ class CachePolicy:
             pages only where size, mtime and ctime are what they were.
         from_host: The daemon's own validities and open flags pass as they are.
         writeback: Written pages may be kept for a while.
-        size: Bytes of contents that a userspace cache may hold.
     """
 
     name: str
@@ -59,7 +55,6 @@ class CachePolicy:
     revalidate: bool = False
     from_host: bool = False
     writeback: bool = False
-    size: int = DEFAULT_SIZE
 
     @classmethod
     def for_mode(
@@ -72,7 +67,6 @@ class CachePolicy:
         attr_timeout: float | None = None,
         negative_timeout: float | None = None,
         dir_timeout: float | None = None,
-        size: int = DEFAULT_SIZE,
     ) -> CachePolicy:
         """Return the policy of a mode.
 
@@ -85,14 +79,13 @@ class CachePolicy:
             attr_timeout: Seconds.
             negative_timeout: Seconds.
             dir_timeout: Seconds.
-            size: Bytes of contents.
 
         Raises:
             ValueError: There is no such mode.
         """
         base = _base(mode, timeout)
         if base.from_host:
-            return replace(base, writeback=writeback, size=size)
+            return replace(base, writeback=writeback)
         return replace(
             base,
             entry_timeout=_chosen(entry_timeout, base.entry_timeout),
@@ -100,7 +93,6 @@ class CachePolicy:
             negative_timeout=_chosen(negative_timeout, base.negative_timeout),
             dir_timeout=_chosen(dir_timeout, base.dir_timeout),
             writeback=writeback and not base.direct_io,
-            size=size,
         )
 
     def keeps_listing(self, age: float | None) -> bool:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from vfsmount.cache.policy import DEFAULT_SIZE, CachePolicy
+from vfsmount.cache.policy import CachePolicy
 from vfsmount.channel import ChannelOptions
 from vfsmount.client.background import sd_notify
 from vfsmount.client.causes import cause_of
@@ -356,7 +356,6 @@ def _cache_policy(settings: MountSettings) -> CachePolicy:
         attr_timeout=settings.attr_timeout,
         negative_timeout=settings.negative_timeout,
         dir_timeout=settings.dir_timeout,
-        size=DEFAULT_SIZE if settings.cache_size is None else settings.cache_size,
     )
 
 

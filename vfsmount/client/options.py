@@ -38,7 +38,6 @@ __all__ = [
     "one_of",
     "parse_mount",
     "seconds",
-    "size",
     "split_options",
 ]
 
@@ -100,18 +99,6 @@ def integer(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return convert
-
-
-def size(text: str) -> int:
-    """Convert a number of bytes, with ``K``, ``M`` or ``G`` for powers of 1024.
-
-    Raises:
-        ValueError: Not such a number.
-    """
-    match = re.fullmatch(r"([0-9]{1,12})([KMGkmg]?)", text)
-    if match is None:
-        raise ValueError("is not a size such as 65536 or 64M")
-    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2].lower()]
 
 
 def queue_size(text: str) -> int:
@@ -178,12 +165,6 @@ MOUNT_GROUPS = (
             Option("entry-timeout", "for names", "SEC", seconds),
             Option("negative-timeout", "for names that do not exist", "SEC", seconds),
             Option("dir-timeout", "for listings of directories", "SEC", seconds),
-            Option(
-                "cache-size",
-                "contents kept by the pyfuse3 engine, bytes or with K, M, G\n(default 64M)",
-                "SIZE",
-                size,
-            ),
             Option("writeback", "gather writes here until close or fsync", negatable=True),
         ),
     ),
@@ -287,7 +268,6 @@ class MountSettings:
     entry_timeout: float | None = None
     negative_timeout: float | None = None
     dir_timeout: float | None = None
-    cache_size: int | None = None
     writeback: bool = False
     kernel_flags: tuple[str, ...] = ()
     allow_other: bool = False
@@ -394,7 +374,6 @@ def _settings(values: dict[str, Any], mountpoint: str, as_helper: bool) -> Mount
     plain = (
         "cache", "timeout", "writeback", "allow_other", "fsname", "subtype", "ready-fd",
         "cpus", "engine", "log-level", "request-timeout", "queue-size", "poll-us", *TIMES,
-        "cache-size",
     )
     # fmt: on
     if values.get("debug"):

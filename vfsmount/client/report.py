@@ -97,7 +97,6 @@ def cache_facts(policy: CachePolicy) -> dict[str, Any]:
         "revalidate": policy.revalidate,
         "from_host": policy.from_host,
         "writeback": policy.writeback,
-        "size_bytes": policy.size,
     }
 
 
