@@ -19,8 +19,9 @@ from benchmarks.peers import Unavailable, load_generator
 from benchmarks.processes import enter_private_mounts, sweep
 from benchmarks.report import as_json, as_text
 from benchmarks.rounds import Plan, Results, run
-from benchmarks.series import SERIES
+from benchmarks.series import DEFAULT, SERIES
 from benchmarks.subjects import SUBJECTS
+from benchmarks.trees import TREE_QUANTITIES, TREES_MEBIBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,6 +31,7 @@ TMPFS = Path("/dev/shm")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 ABOUT = "Measure vfsmount beside its nearest relatives; benchmarks/README.md says what and how."
+ROWS = frozenset(OPERATIONS) | frozenset(TREE_QUANTITIES)
 QUICK_ROUNDS = 1
 QUICK_SHARE = 0.2
 
@@ -40,7 +42,8 @@ def main() -> int:
     enter_private_mounts()
     plan = _plan(options)
     machine = describe()
-    _check_room(len(options.subjects))
+    trees = any(series.commands for series in plan.series)
+    _check_room(len(options.subjects) * TREE_MEBIBYTES + trees * TREES_MEBIBYTES)
     work = Path(tempfile.mkdtemp(prefix="vfsmount-bench-", dir=TMPFS))
     results = Results()
     status = 0
@@ -62,12 +65,12 @@ def main() -> int:
     return status
 
 
-def _check_room(trees: int) -> None:
+def _check_room(needed: int) -> None:
     """End here rather than with a full tmpfs: containers often have one of 64 MiB."""
     if not TMPFS.is_dir():
         sys.exit(f"benchmarks: there is no {TMPFS} to work in")
     space = os.statvfs(TMPFS)
-    free, needed = space.f_bavail * space.f_frsize >> 20, trees * TREE_MEBIBYTES
+    free = space.f_bavail * space.f_frsize >> 20
     if free < needed:
         sys.exit(f"benchmarks: {TMPFS} has {free} MiB free, {needed} MiB are needed")
 
@@ -85,10 +88,10 @@ def _options() -> argparse.Namespace:
     add("--rounds", type=_positive, metavar="N", help="rounds (default 5)")
     add("--subjects", type=_names(SUBJECTS), default=frozenset(SUBJECTS), metavar="A,B",
         help=f"of {', '.join(SUBJECTS)}")  # fmt: skip
-    add("--ops", type=_names(OPERATIONS), default=frozenset(OPERATIONS), metavar="A,B",
-        help=f"of {', '.join(OPERATIONS)}")  # fmt: skip
-    add("--series", type=_names(SERIES), default=frozenset(SERIES), metavar="A,B",
-        help=f"tables to fill, of {', '.join(SERIES)}")  # fmt: skip
+    add("--ops", type=_names(ROWS), default=ROWS, metavar="A,B",
+        help=f"of {', '.join([*OPERATIONS, *TREE_QUANTITIES])}")  # fmt: skip
+    add("--series", type=_names(SERIES), default=DEFAULT, metavar="A,B",
+        help=f"of {', '.join(SERIES)} (default: {', '.join(sorted(DEFAULT))})")  # fmt: skip
     add("--quick", action="store_true", help="one round of a fifth of the calls: does it work?")
     add("--cpu", type=int, default=max(os.sched_getaffinity(0)), metavar="N",
         help="processor for everything (default: the last)")  # fmt: skip

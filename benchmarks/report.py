@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from benchmarks.operations import CHURN, FIRST_READ, OPERATIONS, QUANTITIES, RSS_CHURN, RSS_IDLE
 from benchmarks.series import BARS
 from benchmarks.subjects import SUBJECTS
+from benchmarks.trees import TREE_QUANTITIES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["as_json", "as_text", "verdict"]
 
 ABSENT = "-"
+ALL_QUANTITIES = QUANTITIES | TREE_QUANTITIES
 PROCESS = (FIRST_READ, RSS_IDLE, RSS_CHURN)
 
 
@@ -30,7 +32,7 @@ def verdict(bar: Bar, results: Results) -> tuple[float | None, str]:
         value = results.median(bar.series, bar.subject, bar.quantity)
     if value is None:
         return None, "not measured"
-    more = QUANTITIES[bar.quantity].more_is_better
+    more = ALL_QUANTITIES[bar.quantity].more_is_better
     return value, "pass" if (value >= bar.limit if more else value <= bar.limit) else "MISS"
 
 
@@ -70,11 +72,11 @@ def as_json(plan: Plan, results: Results, machine: Mapping[str, object]) -> dict
 def _subject_json(results: Results, series: str, subject: str) -> dict[str, object]:
     measured = {
         quantity: {
-            "unit": QUANTITIES[quantity].unit,
+            "unit": ALL_QUANTITIES[quantity].unit,
             "median": results.median(series, subject, quantity),
             "rounds": results.values[series, subject, quantity],
         }
-        for quantity in QUANTITIES
+        for quantity in ALL_QUANTITIES
         if (series, subject, quantity) in results.values
     }
     return {
@@ -119,12 +121,13 @@ def _heading(results: Results, machine: Mapping[str, object]) -> str:
 def _main_table(plan: Plan, results: Results, series: Series) -> str:
     where = f"pinned to CPU {plan.cpu}" if plan.is_pinned(series) else "not pinned"
     columns = [name for name in series.subjects if name in plan.subjects]
-    rows = [["us per operation", *columns]]
+    unit = "ms" if series.commands else "us"
+    rows = [[f"{unit} per {'command' if series.commands else 'operation'}", *columns]]
     for name in series.operations:
         if name in plan.operations:
-            quantity = OPERATIONS[name].quantity
+            quantity = ALL_QUANTITIES[name]
             cells = [_cell(results, series, subject, quantity) for subject in columns]
-            rows.append([_label(quantity, "us"), *cells])
+            rows.append([_label(quantity, unit), *cells])
     title = f"{series.name} (--cache {series.cache}), {where}; in brackets: times {series.peer}"
     return f"{title}\n{_aligned(rows)}"
 
@@ -145,7 +148,7 @@ def _bar_table(plan: Plan, results: Results) -> str:
     rows = [["to reach", "by", "bar", "measured", ""]]
     for bar in BARS:
         if bar.series in shown and bar.subject in plan.subjects:
-            quantity = QUANTITIES[bar.quantity]
+            quantity = ALL_QUANTITIES[bar.quantity]
             figure, word = verdict(bar, results)
             sign = ">=" if quantity.more_is_better else "<="
             unit = f"x {bar.peer}" if bar.peer else f" {quantity.unit}"

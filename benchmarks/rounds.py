@@ -31,6 +31,7 @@ from benchmarks.operations import (
 from benchmarks.peers import Unavailable
 from benchmarks.processes import Failure, Hung, Mounted, Timing, mounted, pin, run_load
 from benchmarks.subjects import SUBJECTS, Stage, Subject
+from benchmarks.trees import WORKLOADS, Workload, lay_out_trees, run_workload
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -132,6 +133,12 @@ def run(plan: Plan, results: Results, work: Path) -> None:
             begun = time.monotonic()
             subjects = cast[series.name]
             first = (number - 1) % max(1, len(subjects))
+            if series.commands:
+                _command(plan, results, series, subjects[first:] + subjects[:first], work)
+                _say(
+                    f"round {number}/{plan.rounds}, {series.name}: {time.monotonic() - begun:.0f} s"
+                )
+                continue
             with _acting(
                 plan, results, series, subjects[first:] + subjects[:first], work
             ) as actors:
@@ -167,8 +174,9 @@ def _acting(
         folder = stack.enter_context(
             tempfile.TemporaryDirectory(dir=work, ignore_cleanup_errors=True)
         )
+        shown = lay_out_trees(work) if series.commands else None
         entered = [
-            _enter(stack.enter_context(ExitStack()), plan, results, series, subject, folder)
+            _enter(stack.enter_context(ExitStack()), plan, results, series, subject, folder, shown)
             for subject in subjects
             if (series.name, subject.name, "") not in results.problems
         ]
@@ -182,13 +190,15 @@ def _enter(
     series: Series,
     subject: Subject,
     folder: str,
+    shown: Path | None,
 ) -> Actor | None:
     home = Path(folder, subject.name)
     cpu = plan.cpu if plan.is_pinned(series) else None
-    stage = Stage(home / "source", home / "mount", series.cache, cpu)
-    stage.source.mkdir(parents=True)
-    stage.mountpoint.mkdir()
-    lay_out_tree(stage.source)
+    stage = Stage(shown or home / "source", home / "mount", series.cache, cpu)
+    stage.mountpoint.mkdir(parents=True)
+    if shown is None:
+        stage.source.mkdir()
+        lay_out_tree(stage.source)
     try:
         command = stack.enter_context(subject.command(stage))
         if not command:
@@ -202,6 +212,8 @@ def _enter(
         _problem(results, (series.name, subject.name, ""), f"failed: {words}")
         stack.close()
         return None
+    if series.commands:  # mounted several times a round
+        return Actor(subject, stage.mountpoint, mount)
     results.add(series.name, subject.name, FIRST_READ.name, mount.first_read_ms)
     results.add(series.name, subject.name, RSS_IDLE.name, memory["VmRSS"])
     results.memory[series.name, subject.name, RSS_IDLE.name] = memory
@@ -220,6 +232,34 @@ def _measure(plan: Plan, results: Results, series: Series, actors: Sequence[Acto
                 mean = timing.mean_us
                 value = 1e6 / mean if operation.quantity.more_is_better else mean
                 results.add(series.name, actor.subject.name, name, value)
+
+
+def _command(
+    plan: Plan, results: Results, series: Series, subjects: Sequence[Subject], work: Path
+) -> None:
+    """Each command on each subject in turn, on mounts of its own: cold and, right after, warm."""
+    for workload in WORKLOADS.values():
+        if plan.operations.intersection(series.operations).intersection(workload.rows):
+            with _acting(plan, results, series, subjects, work) as actors:
+                for actor in actors:
+                    _run_command(results, series, actor, workload, work)
+
+
+def _run_command(
+    results: Results, series: Series, actor: Actor, workload: Workload, work: Path
+) -> None:
+    name = actor.subject.name
+    if (series.name, name, next(iter(workload.rows))) in results.problems:
+        return
+    try:
+        took = run_workload(workload, work, actor.root, name)
+    except Failure as failure:
+        for row in [""] if isinstance(failure, Hung) else workload.rows:
+            _problem(results, (series.name, name, row), f"failed: {failure}")
+        _check_alive(results, (series.name, name, ""), actor)
+        return
+    for row, milliseconds in took.items():
+        results.add(series.name, name, row, milliseconds)
 
 
 def _churn(results: Results, series: Series, actors: Sequence[Actor]) -> None:

@@ -9,9 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.operations import OPERATIONS, RSS_CHURN
-from benchmarks.subjects import SUBJECTS
+from benchmarks.subjects import SUBJECTS, TREES_ONLY
+from benchmarks.trees import EXERCISES, TREE_ROWS
 
-__all__ = ["BARS", "SERIES", "Bar", "Series"]
+__all__ = ["BARS", "DEFAULT", "SERIES", "Bar", "Series"]
+
+CALLED = tuple(name for name in SUBJECTS if name not in TREES_ONLY)
+SHOWN = (
+    "native", "bindfs", "passthrough_ll", "sshfs", "vfsmount-rust", "vfsmount-rust-pyfuse3",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,7 @@ class Series:
         subjects: Names, in order of columns.
         operations: Names, in order of rows.
         pinned: Whether everything runs on one processor.
+        commands: Whether the rows are those of `trees`, whole commands, instead of operations.
     """
 
     name: str
@@ -35,6 +42,7 @@ class Series:
     subjects: tuple[str, ...]
     operations: tuple[str, ...]
     pinned: bool = True
+    commands: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +68,22 @@ class Bar:
 SERIES: dict[str, Series] = {
     series.name: series
     for series in (
-        Series("uncached", "none", False, "passthroughfs", tuple(SUBJECTS), tuple(OPERATIONS)),
+        Series("uncached", "none", False, "passthroughfs", CALLED, tuple(OPERATIONS)),
         Series(
             "cached",
             "auto",
             True,
             "passthrough_ll",
-            tuple(SUBJECTS),
+            CALLED,
             ("stat", "lookup_miss", "open_read_close", "readdir_stat", "read_4k", "read_1m"),
         ),
+        Series("trees", "auto", False, "passthrough_ll", SHOWN, TREE_ROWS, commands=True),
+        Series("fsx", "auto", False, "passthrough_ll", SHOWN, EXERCISES, commands=True),
     )
 }
+
+#: What is run unless series are named: the others take minutes of their own.
+DEFAULT = frozenset({"uncached", "cached"})
 
 METADATA = tuple(operation.name for operation in OPERATIONS.values() if operation.metadata)
 
@@ -80,4 +93,9 @@ BARS: tuple[Bar, ...] = (
     Bar("uncached", "vfsmount-rust", "read_1m", 0.8, "passthroughfs"),
     Bar("uncached", "vfsmount-rust", "write_1m", 0.8, "passthroughfs"),
     Bar("uncached", "vfsmount-rust", RSS_CHURN.name, 80),
+    *(
+        Bar("trees", "vfsmount-rust", row, 1.15 if row.endswith("_warm") else 2.5, "passthrough_ll")
+        for row in TREE_ROWS
+    ),
+    *(Bar("trees", "vfsmount-rust", row, 1.0, "sshfs") for row in TREE_ROWS),
 )

@@ -6,9 +6,11 @@ mounts a stage. Everything about starting, pinning, waiting and killing is `proc
 
 from __future__ import annotations
 
+import shutil
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.peers import Unavailable, passthrough_ll, passthroughfs
@@ -17,9 +19,14 @@ from tests.support.daemons import daemon_problem, start_daemon
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
-    from pathlib import Path
 
-__all__ = ["SUBJECTS", "Stage", "Subject"]
+__all__ = ["SUBJECTS", "TREES_ONLY", "Stage", "Subject"]
+
+# Debian and its children; Red Hat and its; Arch.
+SFTP_SERVERS = tuple(
+    Path(folder, "sftp-server")
+    for folder in ("/usr/lib/openssh", "/usr/libexec/openssh", "/usr/lib/ssh")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,33 @@ def _passthroughfs(stage: Stage) -> Iterator[list[str]]:
     yield [sys.executable, str(passthroughfs()), str(stage.source), str(stage.mountpoint)]
 
 
+def _command_of(name: str) -> str:
+    if path := shutil.which(name):
+        return path
+    raise Unavailable(f"{name} is not installed (package {name})")
+
+
+@contextmanager
+def _bindfs(stage: Stage) -> Iterator[list[str]]:
+    # Written by libfuse 2: without big_writes, in pieces of 4 KiB.
+    words = [_command_of("bindfs"), "-f", "--xattr-none", "-o", "default_permissions,big_writes"]
+    yield [*words, str(stage.source), str(stage.mountpoint)]
+
+
+def _sftp_server() -> Path:
+    for path in SFTP_SERVERS:
+        if path.exists():
+            return path
+    raise Unavailable("there is no sftp-server (package openssh-sftp-server)")
+
+
+@contextmanager
+def _sshfs(stage: Stage) -> Iterator[list[str]]:
+    words = [sys.executable, "-m", "benchmarks.sftp", str(_sftp_server()), _command_of("sshfs")]
+    words += ["-f", "-s"] if stage.cpu is not None else ["-f"]
+    yield [*words, "-o", "default_permissions", f"here:{stage.source}", str(stage.mountpoint)]
+
+
 def _vfsmount(kind: str, engine: str = "auto") -> Subject:
     def prepare() -> None:
         if problem := daemon_problem(kind):
@@ -124,9 +158,25 @@ SUBJECTS: dict[str, Subject] = {
             passthroughfs,
             _passthroughfs,
         ),
+        Subject(
+            "bindfs",
+            "another folder shown, in C, by path; in-process; one thread, names valid for 1 s",
+            lambda: _command_of("bindfs"),
+            _bindfs,
+        ),
+        Subject(
+            "sshfs",
+            "over an sftp-server of its own by a socket pair, no ssh; "
+            "keeps names and attributes for 20 s; one thread when pinned",
+            lambda: (_sftp_server(), _command_of("sshfs")),
+            _sshfs,
+        ),
         _vfsmount("c"),
         _vfsmount("rust"),
         _vfsmount("bundled"),
         _vfsmount("rust", "pyfuse3"),
     )
 }
+
+#: Names of those that have nothing to say about single calls.
+TREES_ONLY = frozenset({"bindfs", "sshfs"})

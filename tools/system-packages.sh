@@ -1,15 +1,16 @@
 #!/bin/sh
 # Install the system packages that are missing, with apt; do nothing at all when none is.
 #
-# Usage: system-packages.sh PYTHON [test]
+# Usage: system-packages.sh PYTHON [test|bench]
 #   PYTHON   the interpreter that the virtual environment will be made with
 #   test     also what only the tests need
+#   bench    also what only the benchmark needs: other filesystems to compare with
 #
 # Each need is looked for itself (a command, a header), not its package: whoever has it from
 # elsewhere needs no package and no apt.
 set -eu
 python=$1
-for_tests=${2:-}
+purpose=${2:-}
 missing=""
 need() { missing="$missing $*"; }
 have() { command -v "$1" >/dev/null 2>&1; }
@@ -27,8 +28,16 @@ import os, sys, sysconfig
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))
 ' || need "python$version-dev"
 
-if [ -n "$for_tests" ]; then
+if [ "$purpose" = test ]; then
     have rsync || need rsync # a workload that runs on the mount
+fi
+if [ "$purpose" = bench ]; then
+    have git || need git
+    have bindfs || need bindfs
+    have sshfs || need sshfs
+    # Without what it recommends: that is an SSH server.
+    [ -x /usr/lib/openssh/sftp-server ] || [ -x /usr/libexec/openssh/sftp-server ] ||
+        [ -x /usr/lib/ssh/sftp-server ] || need openssh-sftp-server
 fi
 
 [ -n "$missing" ] || exit 0
