@@ -5,6 +5,8 @@ the complete list of exceptions:
 
 * INIT is answered here: the session has done its own with the daemon (``init_answer``).
 * Validity times and open flags in replies become those of the cache policy (``reply_rewriters``).
+* A handle that cannot write wants no FLUSH, and one that has written nothing gets none, where the
+  daemon has no locks to give up at a FLUSH.
 * "No such name" becomes a negative entry where the policy remembers absence (``negative_entry``).
 * Set-id bits are taken off before a write that must clear them, where the daemon will not
   (``SetIdMemory``).
@@ -22,6 +24,7 @@ inside the reply, so a daemon that writes at the same time can spoil nothing but
 from __future__ import annotations
 
 import errno
+import os
 import stat
 import struct
 from typing import TYPE_CHECKING, Final
@@ -38,8 +41,8 @@ if TYPE_CHECKING:
     from vfsmount.client.session import InitFacts
 
     #: Puts the policy's values into a reply body: memory, offset there, bytes of body, and the node
-    #: that the request named.
-    Rewriter: TypeAlias = Callable[[mmap.mmap, int, int, int], None]
+    #: that the request named, and the offset of that.
+    Rewriter: TypeAlias = Callable[[mmap.mmap, int, int, int, int], None]
 
 __all__ = [
     "CapabilityMemory",
@@ -249,7 +252,9 @@ def _split(seconds: float) -> tuple[int, int]:
     return whole, int((seconds - whole) * 1_000_000_000)
 
 
-def reply_rewriters(policy: CachePolicy, modes: SetIdMemory | None = None) -> dict[int, Rewriter]:
+def reply_rewriters(
+    policy: CachePolicy, modes: SetIdMemory | None = None, *, no_flush: bool = False
+) -> dict[int, Rewriter]:
     """Return what is to be done to a successful reply, by opcode; most opcodes have nothing.
 
     Bytes are compared first and stored only when they differ: a daemon in the same cache mode has
@@ -258,6 +263,7 @@ def reply_rewriters(policy: CachePolicy, modes: SetIdMemory | None = None) -> di
     Args:
         policy: The cache policy.
         modes: Is told each mode that passes, where somebody needs to know.
+        no_flush: No FLUSH is wanted of handles that cannot write.
     """
     (entry_s, entry_ns), (attr_s, attr_ns) = (
         _split(policy.entry_timeout),
@@ -270,7 +276,7 @@ def reply_rewriters(policy: CachePolicy, modes: SetIdMemory | None = None) -> di
     no_node = bytes(8)
     file_flags, dir_flags = _open_flags(policy)
 
-    def entry(memory: mmap.mmap, at: int, length: int, _nodeid: int) -> None:
+    def entry(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
         if length < _ENTRY:
             return
         start = at + _ENTRY_VALID_AT
@@ -281,7 +287,7 @@ def reply_rewriters(policy: CachePolicy, modes: SetIdMemory | None = None) -> di
         if modes is not None:
             modes.see(*_ENTRY_MODE(memory, at))
 
-    def attr(memory: mmap.mmap, at: int, length: int, nodeid: int) -> None:
+    def attr(memory: mmap.mmap, at: int, length: int, nodeid: int, _request: int) -> None:
         if length < _ATTR_OUT:
             return
         if memory[at : at + _ATTR_VALID.size] != attr_valid:
@@ -289,7 +295,7 @@ def reply_rewriters(policy: CachePolicy, modes: SetIdMemory | None = None) -> di
         if modes is not None:
             modes.see(nodeid, _U32.unpack_from(memory, at + _MODE_AT)[0])
 
-    def statx(memory: mmap.mmap, at: int, length: int, _nodeid: int) -> None:
+    def statx(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
         if length >= _ATTR_VALID.size and memory[at : at + _ATTR_VALID.size] != attr_valid:
             memory[at : at + _ATTR_VALID.size] = attr_valid
 
@@ -301,17 +307,20 @@ def reply_rewriters(policy: CachePolicy, modes: SetIdMemory | None = None) -> di
         if flags != theirs:
             _U32.pack_into(memory, at + _OPEN_FLAGS_AT, flags)
 
-    def opened_file(memory: mmap.mmap, at: int, length: int, _nodeid: int) -> None:
-        opened(memory, at, length, file_flags)
+    def opened_file(memory: mmap.mmap, at: int, length: int, _nodeid: int, request: int) -> None:
+        ours = file_flags
+        if no_flush and _U32.unpack_from(memory, request + _IN)[0] & os.O_ACCMODE == os.O_RDONLY:
+            ours |= OpenOutFlag.NOFLUSH
+        opened(memory, at, length, ours)
 
-    def opened_dir(memory: mmap.mmap, at: int, length: int, _nodeid: int) -> None:
+    def opened_dir(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
         opened(memory, at, length, dir_flags)
 
-    def created(memory: mmap.mmap, at: int, length: int, nodeid: int) -> None:
-        entry(memory, at, length, nodeid)
+    def created(memory: mmap.mmap, at: int, length: int, nodeid: int, request: int) -> None:
+        entry(memory, at, length, nodeid, request)
         opened(memory, at + _ENTRY, length - _ENTRY, file_flags)
 
-    def listed(memory: mmap.mmap, at: int, length: int, _nodeid: int) -> None:
+    def listed(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
         end = at + length
         while at + _DIRENTPLUS <= end:
             start = at + _ENTRY_VALID_AT
