@@ -33,7 +33,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -41,6 +43,7 @@
 #define MEBIBYTE (1024 * 1024)
 #define NAMES_IN_TURN 100 /* files that stat and lookup_miss go round */
 #define UNTIMED 20        /* calls before the clock starts, in cold runs */
+#define READERS 8         /* processes of read_4k_many */
 #define POLL_NS 500000    /* between two looks for the mount */
 
 struct run {
@@ -251,26 +254,38 @@ static void do_lookup_miss(struct run *run)
 	measure_repeatable(run, step_miss);
 }
 
-static void step_list(struct run *run, int i)
+static void list(struct run *run, int with_stat)
 {
 	int fd = openat(run->dir, ".", O_RDONLY | O_DIRECTORY);
 	DIR *stream = fd < 0 ? NULL : fdopendir(fd);
 	struct dirent *entry;
 	struct stat st;
 
-	(void)i;
 	if (!stream)
 		die(run, "open the folder");
 	while (errno = 0, (entry = readdir(stream))) {
 		if (entry->d_name[0] == '.')
 			continue;
-		if (fstatat(fd, entry->d_name, &st, AT_SYMLINK_NOFOLLOW) < 0)
+		if (with_stat && fstatat(fd, entry->d_name, &st, AT_SYMLINK_NOFOLLOW) < 0)
 			die(run, "stat %s", entry->d_name);
 		run->units++;
 	}
 	if (errno)
 		die(run, "read the folder");
 	closedir(stream);
+}
+
+static void step_list(struct run *run, int i)
+{
+	(void)i;
+	list(run, 1);
+}
+
+/* Without stat: daemons hold a descriptor for each file that the kernel knows. */
+static void step_names(struct run *run, int i)
+{
+	(void)i;
+	list(run, 0);
 }
 
 static void do_readdir_stat(struct run *run)
@@ -315,6 +330,47 @@ static void do_read_4k(struct run *run)
 		die(run, "switch read-ahead off");
 	drop_pages(run);
 	measure_once_each(run, step_read_page);
+}
+
+/*
+ * As read_4k by READERS processes at once, each on its share of the pages. What is reported are the
+ * calls of one, so that TOTAL_NS / UNITS is the time between two calls of anybody: TOTAL_NS is that
+ * from the common start to the last one's end, UNITS are all calls. Percentiles are not known.
+ */
+static void do_read_4k_many(struct run *run)
+{
+	volatile int *start = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	struct timespec moment = { 0, 20000000 };
+	int status, each = run->count / READERS, failed = 0;
+	uint64_t begun, total;
+
+	open_data(run, "read", O_RDONLY);
+	make_offsets(run);
+	if (start == MAP_FAILED || posix_fadvise(run->file, 0, 0, POSIX_FADV_RANDOM))
+		die(run, "prepare");
+	drop_pages(run);
+	for (int reader = 0; reader < READERS; reader++) {
+		pid_t child = fork();
+
+		if (child < 0)
+			die(run, "fork");
+		if (child)
+			continue;
+		while (!*start)
+			nanosleep(&(struct timespec){ 0, 50000 }, NULL);
+		for (int i = 0; i < each; i++)
+			step_read_page(run, reader * each + i);
+		_exit(0);
+	}
+	nanosleep(&moment, NULL);
+	begun = now_ns();
+	*start = 1;
+	while (wait(&status) > 0)
+		failed |= status;
+	total = now_ns() - begun;
+	if (failed || !each)
+		exit(1); /* it has said why */
+	printf("%ld %llu 0 0\n", (long)each * READERS, (unsigned long long)total);
 }
 
 static void step_write_page(struct run *run, int i)
@@ -409,20 +465,26 @@ static void do_rmdir(struct run *run) { change(run, step_rmdir); }
 
 /* ---- a great number of files come and go, for the memory that it leaves behind ---- */
 
-static void churn(struct run *run, step call)
+static void churn(struct run *run, const char *folder, step call)
 {
-	open_folder(run, "churn");
+	open_folder(run, folder);
 	make_names(run, &run->names, "f", run->count);
 	measure(run, call);
 }
 
-static void do_churn_create(struct run *run) { churn(run, step_create); }
-static void do_churn_remove(struct run *run) { churn(run, step_unlink); }
+static void do_churn_create(struct run *run) { churn(run, "churn", step_create); }
+static void do_churn_remove(struct run *run) { churn(run, "churn", step_unlink); }
 
 static void do_churn_list(struct run *run)
 {
 	run->count = 1;
-	churn(run, step_list);
+	churn(run, "churn", step_list);
+}
+
+static void do_crowd_list(struct run *run)
+{
+	run->count = 1;
+	churn(run, "crowd", step_names);
 }
 
 /*
@@ -459,6 +521,7 @@ static const struct {
 	{ "open_read_close", do_open_read_close },
 	{ "readdir_stat", do_readdir_stat },
 	{ "read_4k", do_read_4k },
+	{ "read_4k_many", do_read_4k_many },
 	{ "write_4k", do_write_4k },
 	{ "read_1m", do_read_1m },
 	{ "write_1m", do_write_1m },
@@ -470,6 +533,7 @@ static const struct {
 	{ "churn_create", do_churn_create },
 	{ "churn_list", do_churn_list },
 	{ "churn_remove", do_churn_remove },
+	{ "crowd_list", do_crowd_list },
 	{ "first_read", do_first_read },
 };
 

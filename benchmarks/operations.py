@@ -16,15 +16,19 @@ if TYPE_CHECKING:
 __all__ = [
     "CHURN",
     "CHURN_FILES",
+    "CROWD",
+    "CROWD_FILES",
     "FIRST_READ",
     "OPERATIONS",
     "QUANTITIES",
     "RSS_CHURN",
+    "RSS_CROWD",
     "RSS_IDLE",
     "TREE_MEBIBYTES",
     "Operation",
     "Quantity",
     "lay_out_tree",
+    "make_crowd",
 ]
 
 PAGE = 4096
@@ -92,6 +96,8 @@ OPERATIONS: dict[str, Operation] = {
         _operation("mkdir", "mkdir", 200, metadata=True),
         _operation("rmdir", "rmdir", 200, metadata=True),
         _operation("read_4k", "read 4 KiB, random", 1000),
+        # 8 processes at once; the time between two calls of anybody.
+        _operation("read_4k_many", "read 4 KiB, random, by 8", 8000),
         _operation("write_4k", "write 4 KiB, random", 1000),
         _throughput("read_1m", "read 1 MiB, sequential", 64),
         _throughput("write_1m", "write 1 MiB, sequential", 64),
@@ -101,16 +107,20 @@ OPERATIONS: dict[str, Operation] = {
 # Run in this order, the subject's memory is looked at after each.
 CHURN = ("churn_create", "churn_list", "churn_remove")
 CHURN_FILES = 10_000
+#: A folder with a great many files, made behind the subject's back; its names are listed, once.
+CROWD = "crowd_list"
+CROWD_FILES = 100_000
 
 FIRST_READ = Quantity("first_read", "start to first byte read", "ms")
 RSS_IDLE = Quantity("rss_idle", "RSS idle", "MiB")
 RSS_CHURN = Quantity(
     "rss_churn", f"RSS, highest of {CHURN_FILES:,} files created, listed, removed", "MiB"
 )
+RSS_CROWD = Quantity("rss_crowd", f"RSS after {CROWD_FILES:,} files listed", "MiB")
 
 QUANTITIES: dict[str, Quantity] = {
     **{operation.name: operation.quantity for operation in OPERATIONS.values()},
-    **{quantity.name: quantity for quantity in (FIRST_READ, RSS_IDLE, RSS_CHURN)},
+    **{quantity.name: quantity for quantity in (FIRST_READ, RSS_IDLE, RSS_CHURN, RSS_CROWD)},
 }
 
 # Few enough for passthroughfs, which reads and stats the whole folder again for each reply of 25
@@ -134,6 +144,11 @@ def lay_out_tree(root: Path) -> None:
     for number in range(OPERATIONS["rmdir"].count + SPARE):
         (root / "rmdir" / f"f{number:05}").mkdir(parents=True)
     _make_data(root / "data")
+
+
+def make_crowd(root: Path) -> None:
+    """Make the folder of ``CROWD``, directly as well."""
+    _make_files(root / "crowd", CROWD_FILES, 0)
 
 
 def _make_files(folder: Path, count: int, size: int) -> None:

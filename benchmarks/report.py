@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from benchmarks.operations import CHURN, FIRST_READ, OPERATIONS, QUANTITIES, RSS_CHURN, RSS_IDLE
+from benchmarks.operations import (
+    CHURN,
+    CROWD,
+    FIRST_READ,
+    OPERATIONS,
+    QUANTITIES,
+    RSS_CHURN,
+    RSS_CROWD,
+    RSS_IDLE,
+)
 from benchmarks.series import BARS
 from benchmarks.subjects import SUBJECTS
 from benchmarks.trees import TREE_QUANTITIES
@@ -21,13 +30,13 @@ __all__ = ["as_json", "as_text", "verdict"]
 
 ABSENT = "-"
 ALL_QUANTITIES = QUANTITIES | TREE_QUANTITIES
-PROCESS = (FIRST_READ, RSS_IDLE, RSS_CHURN)
+PROCESS = (FIRST_READ, RSS_IDLE, RSS_CHURN, RSS_CROWD)
 
 
 def verdict(bar: Bar, results: Results) -> tuple[float | None, str]:
     """A bar's figure (a ratio, or an absolute value) and ``pass``, ``MISS`` or ``not measured``."""
     if bar.peer:
-        value = results.ratio(bar.series, bar.subject, bar.peer, bar.quantity)
+        value = results.ratio(bar.series, bar.subject, bar.peer, bar.quantity, bar.other)
     else:
         value = results.median(bar.series, bar.subject, bar.quantity)
     if value is None:
@@ -89,12 +98,12 @@ def _subject_json(results: Results, series: str, subject: str) -> dict[str, obje
         "measured": measured,
         "timings": {
             name: [dataclasses.asdict(timing) for timing in results.timings[series, subject, name]]
-            for name in (*OPERATIONS, *CHURN)
+            for name in (*OPERATIONS, *CHURN, CROWD)
             if (series, subject, name) in results.timings
         },
         "memory": {
             name: results.memory[series, subject, name]
-            for name in (RSS_IDLE.name, *CHURN)
+            for name in (RSS_IDLE.name, *CHURN, CROWD)
             if (series, subject, name) in results.memory
         },
     }
@@ -151,8 +160,9 @@ def _bar_table(plan: Plan, results: Results) -> str:
             quantity = ALL_QUANTITIES[bar.quantity]
             figure, word = verdict(bar, results)
             sign = ">=" if quantity.more_is_better else "<="
-            unit = f"x {bar.peer}" if bar.peer else f" {quantity.unit}"
-            limit = f"{sign} {bar.limit:g}{unit}"
+            of = f" {QUANTITIES[bar.other].title}" if bar.other else ""
+            unit = f"x {bar.peer}{of}" if bar.peer else f" {quantity.unit}"
+            limit = f"{sign} {bar.limit:.3g}{unit}"
             measured = ABSENT if figure is None else f"{figure:.2f}"
             rows.append([f"{bar.series} {quantity.title}", bar.subject, limit, measured, word])
     return _aligned(rows) if len(rows) > 1 else ""

@@ -22,11 +22,15 @@ from typing import TYPE_CHECKING
 from benchmarks.operations import (
     CHURN,
     CHURN_FILES,
+    CROWD,
+    CROWD_FILES,
     FIRST_READ,
     OPERATIONS,
     RSS_CHURN,
+    RSS_CROWD,
     RSS_IDLE,
     lay_out_tree,
+    make_crowd,
 )
 from benchmarks.peers import Unavailable
 from benchmarks.processes import Failure, Hung, Mounted, Timing, mounted, pin, run_load
@@ -92,13 +96,17 @@ class Results:
         values = self.values.get((series, subject, quantity))
         return median(values) if values else None
 
-    def ratio(self, series: str, subject: str, peer: str, quantity: str) -> float | None:
+    def ratio(
+        self, series: str, subject: str, peer: str, quantity: str, other: str = ""
+    ) -> float | None:
         """How many times the peer's value: the median of the rounds' ratios.
+
+        Of the same quantity, or of the ``other`` one.
 
         Not the ratio of the medians: what slows one round down slows both of its values.
         """
         own = self.values.get((series, subject, quantity), [])
-        others = self.values.get((series, peer, quantity), [])
+        others = self.values.get((series, peer, other or quantity), [])
         # One that fails is not tried again, so the shorter list has the first rounds.
         ratios = [value / other for value, other in zip(own, others, strict=False)]
         return median(ratios) if ratios else None
@@ -111,11 +119,13 @@ class Actor:
     Attributes:
         subject: Who it is.
         root: Where its tree is to be seen.
+        source: Where it really is.
         mount: Its process; None for the native one.
     """
 
     subject: Subject
     root: Path
+    source: Path
     mount: Mounted | None
 
 
@@ -143,7 +153,8 @@ def run(plan: Plan, results: Results, work: Path) -> None:
                 plan, results, series, subjects[first:] + subjects[:first], work
             ) as actors:
                 _measure(plan, results, series, actors)
-                if number == plan.rounds and plan.churn:
+                if number == plan.rounds and plan.churn and series.churn:
+                    _crowd(results, series, actors)
                     _churn(results, series, actors)
             _say(
                 f"round {number}/{plan.rounds}, {series.name}: {len(actors)} subjects, "
@@ -202,7 +213,7 @@ def _enter(
     try:
         command = stack.enter_context(subject.command(stage))
         if not command:
-            return Actor(subject, stage.source, None)
+            return Actor(subject, stage.source, stage.source, None)
         mount = stack.enter_context(mounted(command, stage.mountpoint, home / "log"))
         memory = mount.resident()
     # AssertionError: a daemon that did not come up.
@@ -213,11 +224,11 @@ def _enter(
         stack.close()
         return None
     if series.commands:  # mounted several times a round
-        return Actor(subject, stage.mountpoint, mount)
+        return Actor(subject, stage.mountpoint, stage.source, mount)
     results.add(series.name, subject.name, FIRST_READ.name, mount.first_read_ms)
     results.add(series.name, subject.name, RSS_IDLE.name, memory["VmRSS"])
     results.memory[series.name, subject.name, RSS_IDLE.name] = memory
-    return Actor(subject, stage.mountpoint, mount)
+    return Actor(subject, stage.mountpoint, stage.source, mount)
 
 
 def _measure(plan: Plan, results: Results, series: Series, actors: Sequence[Actor]) -> None:
@@ -282,6 +293,22 @@ def _churn(results: Results, series: Series, actors: Sequence[Actor]) -> None:
                 results.memory[series.name, name, step] = memory
             highest = max(memory["VmRSS"] for memory in looks)
             results.add(series.name, name, RSS_CHURN.name, highest)
+
+
+def _crowd(results: Results, series: Series, actors: Sequence[Actor]) -> None:
+    """A hundred thousand files are listed; memory is looked at before anything else happens."""
+    for actor in actors:
+        if actor.mount is None or not actor.subject.crowd:
+            continue
+        name = actor.subject.name
+        make_crowd(actor.source)
+        try:
+            if _load(results, series, actor, CROWD, CROWD_FILES):
+                memory = actor.mount.resident()
+                results.memory[series.name, name, CROWD] = memory
+                results.add(series.name, name, RSS_CROWD.name, memory["VmRSS"])
+        except Failure as failure:
+            _problem(results, (series.name, name, RSS_CROWD.name), f"failed: {failure}")
 
 
 def _load(

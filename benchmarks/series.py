@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.operations import OPERATIONS, RSS_CHURN
+from benchmarks.operations import FIRST_READ, OPERATIONS, RSS_CHURN, RSS_CROWD, RSS_IDLE
 from benchmarks.subjects import SUBJECTS, TREES_ONLY
 from benchmarks.trees import EXERCISES, TREE_ROWS
 
@@ -33,6 +33,7 @@ class Series:
         operations: Names, in order of rows.
         pinned: Whether everything runs on one processor.
         commands: Whether the rows are those of `trees`, whole commands, instead of operations.
+        churn: Whether thousands of files come and go at the end.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Series:
     operations: tuple[str, ...]
     pinned: bool = True
     commands: bool = False
+    churn: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Bar:
         limit: At most (at least, for a throughput) this many times the peer's value; without a
             peer, in the quantity's unit.
         peer: Whose value counts as 1; empty for an absolute limit.
+        other: Which value of the peer's, if it is another quantity.
     """
 
     series: str
@@ -63,12 +66,16 @@ class Bar:
     quantity: str
     limit: float
     peer: str = ""
+    other: str = ""
 
+
+#: Operations of the pinned tables: several processes mean something on several processors only.
+ALONE = tuple(name for name in OPERATIONS if name != "read_4k_many")
 
 SERIES: dict[str, Series] = {
     series.name: series
     for series in (
-        Series("uncached", "none", False, "passthroughfs", CALLED, tuple(OPERATIONS)),
+        Series("uncached", "none", False, "passthroughfs", CALLED, ALONE),
         Series(
             "cached",
             "auto",
@@ -76,6 +83,24 @@ SERIES: dict[str, Series] = {
             "passthrough_ll",
             CALLED,
             ("stat", "lookup_miss", "open_read_close", "readdir_stat", "read_4k", "read_1m"),
+        ),
+        Series(
+            "unpinned",
+            "none",
+            False,
+            "passthrough_ll",
+            ("passthrough_ll", "vfsmount-rust", "vfsmount-rust-pyfuse3"),
+            (
+                "stat",
+                "open_read_close",
+                "read_4k",
+                "read_4k_many",
+                "write_4k",
+                "read_1m",
+                "write_1m",
+            ),
+            pinned=False,
+            churn=False,
         ),
         Series("trees", "auto", False, "passthrough_ll", SHOWN, TREE_ROWS, commands=True),
         Series("fsx", "auto", False, "passthrough_ll", SHOWN, EXERCISES, commands=True),
@@ -87,15 +112,46 @@ DEFAULT = frozenset({"uncached", "cached"})
 
 METADATA = tuple(operation.name for operation in OPERATIONS.values() if operation.metadata)
 
+RELAY = "vfsmount-rust"
+PYFUSE3 = "vfsmount-rust-pyfuse3"
+C_PEER = "passthrough_ll"
+
+
+def _beside_passthroughfs(subject: str) -> tuple[Bar, ...]:
+    """What each engine has to reach beside the Python peer."""
+    return (
+        Bar("uncached", subject, "read_4k", 1.4, "passthroughfs"),
+        *(Bar("uncached", subject, name, 1.6, "passthroughfs") for name in METADATA),
+        Bar("uncached", subject, "read_1m", 0.8, "passthroughfs"),
+        Bar("uncached", subject, "write_1m", 0.8, "passthroughfs"),
+        Bar("uncached", subject, RSS_CHURN.name, 80),
+    )
+
+
 BARS: tuple[Bar, ...] = (
-    Bar("uncached", "vfsmount-rust", "read_4k", 1.4, "passthroughfs"),
-    *(Bar("uncached", "vfsmount-rust", name, 1.6, "passthroughfs") for name in METADATA),
-    Bar("uncached", "vfsmount-rust", "read_1m", 0.8, "passthroughfs"),
-    Bar("uncached", "vfsmount-rust", "write_1m", 0.8, "passthroughfs"),
-    Bar("uncached", "vfsmount-rust", RSS_CHURN.name, 80),
+    *_beside_passthroughfs(PYFUSE3),
+    *_beside_passthroughfs(RELAY),
+    # The relay beside the C peer.
+    Bar("uncached", RELAY, "read_4k", 2.2, C_PEER),
+    Bar("uncached", RELAY, "read_4k", 0.4, PYFUSE3),
     *(
-        Bar("trees", "vfsmount-rust", row, 1.15 if row.endswith("_warm") else 2.5, "passthrough_ll")
+        Bar("uncached", RELAY, name, 2.5, C_PEER)
+        for name in METADATA
+        if name not in ("mkdir", "rmdir")
+    ),
+    Bar("uncached", RELAY, "read_1m", 0.9, C_PEER),
+    Bar("uncached", RELAY, "write_1m", 0.9, C_PEER),
+    Bar("cached", RELAY, "stat", 1.1, C_PEER),
+    Bar("cached", RELAY, "read_4k", 1.1, C_PEER),
+    Bar("unpinned", RELAY, "read_4k", 2.2, C_PEER),
+    # 1.5 times the throughput of one process.
+    Bar("unpinned", RELAY, "read_4k_many", 1 / 1.5, RELAY, "read_4k"),
+    Bar("uncached", RELAY, FIRST_READ.name, 300),
+    Bar("uncached", RELAY, RSS_IDLE.name, 40),
+    Bar("uncached", RELAY, RSS_CROWD.name, 45),
+    *(
+        Bar("trees", RELAY, row, 1.15 if row.endswith("_warm") else 2.5, C_PEER)
         for row in TREE_ROWS
     ),
-    *(Bar("trees", "vfsmount-rust", row, 1.0, "sshfs") for row in TREE_ROWS),
+    *(Bar("trees", RELAY, row, 1.0, "sshfs") for row in TREE_ROWS),
 )

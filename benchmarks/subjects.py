@@ -58,6 +58,7 @@ class Subject:
             the value is the command that mounts the stage and stays in the foreground. An empty
             one mounts nothing: the source itself is measured.
         churn: Whether it is asked to create, list and remove thousands of files.
+        crowd: Whether it is asked to list a hundred thousand.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Subject:
     prepare: Callable[[], object]
     command: Callable[[Stage], AbstractContextManager[list[str]]]
     churn: bool = False
+    crowd: bool = False
 
     @property
     def mounts(self) -> bool:
@@ -138,7 +140,7 @@ def _vfsmount(kind: str, engine: str = "auto") -> Subject:
     name, what = f"vfsmount-{kind}", f"vfsmount over {origin[kind]}"
     if engine != "auto":
         name, what = f"{name}-{engine}", f"{what}, {engine} engine"
-    return Subject(name, what, prepare, command, churn=True)
+    return Subject(name, what, prepare, command, churn=True, crowd=name == "vfsmount-rust")
 
 
 SUBJECTS: dict[str, Subject] = {

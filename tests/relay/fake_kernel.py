@@ -97,6 +97,7 @@ async def on_stage(
     options: ChannelOptions | None = None,
     features: int = ALL_FEATURES,
     clears_set_id: bool = True,
+    quiet_flush: bool = False,
 ) -> AsyncIterator[Stage]:
     """Run a relay between a fake kernel and a fake device."""
     theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -119,6 +120,7 @@ async def on_stage(
                 LARGEST,
                 clears_set_id,
                 lambda violation: token.run_sync_soon(channel.fail, violation),
+                quiet_flush=quiet_flush,
             )
             thread = threading.Thread(target=_run, args=(stage,), daemon=True)
             thread.start()

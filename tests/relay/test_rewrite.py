@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import stat
 
 import pytest
@@ -45,7 +46,7 @@ def memory_with(data: bytes, at: int = AT) -> mmap.mmap:
 
 def rewritten(policy: CachePolicy, opcode: Opcode, body: bytes) -> bytes:
     memory = memory_with(body)
-    reply_rewriters(policy)[opcode](memory, AT, len(body), 42)
+    reply_rewriters(policy)[opcode](memory, AT, len(body), 42, AT - 256)
     assert memory[AT + len(body) : AT + len(body) + 64] == bytes(64), "wrote behind the reply"
     assert memory[AT - 64 : AT] == bytes(64), "wrote before the reply"
     return memory[AT : AT + len(body)]
@@ -236,6 +237,27 @@ def test_open_flags(policy: CachePolicy, file: int, folder: int, theirs: int) ->
     assert fuse.OPEN_OUT.unpack(created, fuse.ENTRY_OUT.size) == opened
 
 
+@pytest.mark.parametrize(
+    ("flags", "quiet"),
+    [
+        (os.O_RDONLY, True),
+        (os.O_RDONLY | os.O_NOFOLLOW, True),
+        (os.O_RDWR, False),
+        (os.O_WRONLY, False),
+    ],
+)
+def test_a_handle_that_cannot_write_wants_no_flush(flags: int, quiet: bool) -> None:
+    memory = memory_with(fuse.OPEN_OUT.values(5, 0, 0))
+    request = AT - 256
+    asked = fuse.OPEN_IN.values(flags, 0)
+    memory[request + 40 : request + 40 + len(asked)] = asked
+
+    reply_rewriters(AUTO, no_flush=True)[Opcode.OPEN](memory, AT, 16, 42, request)
+
+    told = fuse.OPEN_OUT.unpack(memory, AT).open_flags
+    assert bool(told & fuse.OpenOutFlag.NOFLUSH) is quiet
+
+
 def test_each_record_of_a_listing_gets_the_policys_validity() -> None:
     names = [b"a", b"seven77", b"eight888", b"x" * 255]
     body = b"".join(
@@ -341,7 +363,7 @@ def test_modes_are_seen_in_all_replies_that_have_them() -> None:
     }
     for opcode, body in bodies.items():
         modes = SetIdMemory()
-        reply_rewriters(NONE, modes)[opcode](memory_with(body), AT, len(body), 42)
+        reply_rewriters(NONE, modes)[opcode](memory_with(body), AT, len(body), 42, AT - 256)
         assert modes.mode_to_set(42) == 0o755, opcode.name
 
 

@@ -223,36 +223,32 @@ class Virtqueue:
         """Whether the device has used something; one load."""
         return self._used[_IDX] != self._last_used
 
-    def used_count(self) -> int:
-        """Return how many chains can be taken now.
+    def take_used(self) -> tuple[int, int] | None:
+        """Take the next used chain: its head, and the bytes that the device says it wrote.
+
+        None when there is none. The length is unchecked: the caller knows the chain.
 
         Raises:
-            ProtocolViolation: ``used.idx`` runs ahead of what was made available.
+            ProtocolViolation: ``used.idx`` runs ahead of what was made available; the id is no
+                head, or not one that is outstanding.
         """
-        count = (self._used[_IDX] - self._last_used) & INDEX_MASK
+        last = self._last_used
+        count = (self._used[_IDX] - last) & INDEX_MASK
+        if not count:
+            return None
         if count > self.outstanding:
             raise ProtocolViolation(
                 f"the device used {count} buffers, only {self.outstanding} were available"
             )
         if not self._strong:
             self._fence()
-        return count
-
-    def take_used(self) -> tuple[int, int]:
-        """Take the next used chain: its head, and the bytes that the device says it wrote.
-
-        Call at most ``used_count()`` times. The length is unchecked: the caller knows the chain.
-
-        Raises:
-            ProtocolViolation: The id is no head, or not one that is outstanding.
-        """
-        at = 2 * (self._last_used & self._mask)
+        at = 2 * (last & self._mask)
         head = self._elements[at]
         length = self._elements[at + 1]
         chain = self._chains[head] if head < self.size else None
         if chain is None:
             raise ProtocolViolation(f"the device used descriptor {head}, which is not available")
-        self._last_used = (self._last_used + 1) & INDEX_MASK
+        self._last_used = (last + 1) & INDEX_MASK
         self._chains[head] = None
         if chain is not _RESERVED:
             self._free.append(head)

@@ -16,6 +16,8 @@ Theory of operation. The loop does whatever there is to do and looks again:
 
 * A kick, or a reply, often lets the other side run at once on this CPU (wake-up preemption); when
   the system call returns, the next thing to do is there already. So looks come before yields.
+* The kernel does not look at the result of a RELEASE: it is answered at once and goes
+  to the device with the next kick (``POSTED``), before a sleep at the latest.
 * Back-pressure is not to read: when all slots are with the device, the kernel queues.
 * This thread alone touches queues, arena and slots. Others set a flag and write the wake eventfd.
 * The kernel checks the length of each reply against its request. What it refuses has failed for the
@@ -38,7 +40,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.channel.eventfd import close_fd, new_eventfd
-from vfsmount.channel.inflight import ABANDONED, DONE, SENT, Pending
+from vfsmount.channel.inflight import ABANDONED, DONE, POSTED, SENT, Pending
 from vfsmount.channel.rings import PollBudget
 from vfsmount.channel.statistics import OpcodeCounter
 from vfsmount.client.relay_interrupts import LOOK_SECONDS, Interrupts
@@ -82,6 +84,10 @@ _TRIM_SECONDS: Final = 1.0
 _KEEP: Final = 4 << 20
 #: Single reads after which the relay stops to look for a second request before it kicks.
 _BURST: Final = 8
+#: RELEASEs that wait for a kick without company.
+_POSTED_AT_ONCE: Final = 16
+#: Nanoseconds that they may wait for it, however long the search for something to do is.
+_POSTED_NS: Final = 10_000_000
 
 _IN: Final = fuse.IN_HEADER.size
 _OUT: Final = fuse.OUT_HEADER.size
@@ -95,7 +101,11 @@ _PUT_OUT_HEADER: Final = struct.Struct("<IiQ").pack_into
 _FORGET_ONE: Final = struct.Struct("<QQ").unpack_from
 _COUNT: Final = struct.Struct("<I").unpack_from
 _LK_IN: Final = fuse.LK_IN.size
-_WRITE: Final = int(Opcode.WRITE)
+_FH: Final = struct.Struct("<Q").unpack_from
+_RELEASE_FLAGS: Final = struct.Struct("<I").unpack_from
+_RELEASE_FLAGS_AT: Final = _IN + 12  # release_in: fh, flags, release_flags
+_FLOCK_UNLOCK: Final = int(fuse.ReleaseFlag.FLOCK_UNLOCK)
+_COPY_TARGET_AT: Final = 24  # copy_file_range_in: fh_in, off_in, nodeid_out, fh_out
 _LOOKUP: Final = int(Opcode.LOOKUP)
 _OPEN: Final = int(Opcode.OPEN)
 
@@ -120,6 +130,8 @@ class Relay:
         max_message: Bytes of the largest READ or WRITE.
         clears_set_id: The daemon takes set-id bits off when a WRITE says so.
         on_violation: Called in this thread when the daemon breaks the rules.
+        quiet_flush: A FLUSH means nothing to the daemon but "tell me of errors in writing": it has
+            no locks of ours. Then one of a handle that wrote nothing is answered here.
         forwards_interrupts: The daemon can give requests up: tell it, on the hiprio queue, and let
             it answer. No daemon of today can.
 
@@ -127,6 +139,54 @@ class Relay:
         refused: Replies that the kernel would not take.
         ended: ``run`` touches nothing any more.
     """
+
+    # More attributes than the interpreter keeps at hand for a class without slots (30).
+    __slots__ = (
+        "_aborting",
+        "_absent",
+        "_all",
+        "_answered_ns",
+        "_asleep",
+        "_burst",
+        "_checks_opens",
+        "_capabilities",
+        "_counters",
+        "_device",
+        "_error",
+        "_fd",
+        "_forwards_interrupts",
+        "_header",
+        "_held",
+        "_idle",
+        "_interrupts",
+        "_loan",
+        "_local",
+        "_looked_ns",
+        "_map",
+        "_modes",
+        "_negative",
+        "_on_violation",
+        "_opens",
+        "_pool",
+        "_posted",
+        "_queue",
+        "_quiet_flush",
+        "_readinto",
+        "_replies",
+        "_rewriters",
+        "_small_rooms",
+        "_spare",
+        "_special",
+        "_stalled",
+        "_stopping",
+        "_undone",
+        "_view",
+        "_wake",
+        "_write",
+        "_wrote",
+        "ended",
+        "refused",
+    )
 
     def __init__(
         self,
@@ -137,6 +197,7 @@ class Relay:
         clears_set_id: bool,
         on_violation: Callable[[ProtocolViolation], None],
         *,
+        quiet_flush: bool = False,
         forwards_interrupts: bool = False,
     ) -> None:
         os.set_blocking(device, False)
@@ -161,14 +222,20 @@ class Relay:
         self._burst = 0
         self._idle = PollBudget(loan.budget.limit_us)
         self._asleep = False
-        self._done: list[Pending] = []
         self._undone: list[Pending] = []
         self._modes = SetIdMemory()
         self._opens = OpenChecks(loan, policy)
-        self._rewriters = reply_rewriters(
-            policy, None if clears_set_id else self._modes, self._opens.fresh
-        )
         self._checks_opens = policy.revalidate
+        self._rewriters = reply_rewriters(
+            policy,
+            None if clears_set_id else self._modes,
+            self._opens.fresh,
+            no_flush=quiet_flush,
+        )
+        #: Handles that wrote since their last FLUSH.
+        self._wrote: set[int] = set()
+        self._quiet_flush = quiet_flush
+        self._posted = 0
         #: Requests of our own, and the write that waits for each; None for those that undo.
         self._held: dict[Pending, Slot] = {}
         self._negative = negative_entry(policy)
@@ -177,6 +244,12 @@ class Relay:
         self._local = self._local_handlers()
         if policy.writeback:
             self._local[_OPEN] = self._local[int(Opcode.CREATE)] = self._take_open
+        #: What is special about handing an opcode on; True when that is all done.
+        self._special: dict[int, Callable[[Slot, int, int, int], bool]] = {
+            int(Opcode.RELEASE): self._post,
+            int(Opcode.RELEASEDIR): self._post,
+            int(Opcode.WRITE): self._note_write,
+        }
         self._small_rooms = small_rooms(SMALL_REPLY)
         self._header = bytearray(_OUT)
         self._absent = bytearray(_OUT) + (self._negative or b"")
@@ -255,8 +328,13 @@ class Relay:
             budget = loan.budget if ring.outstanding else self._idle
             now = now_ns()
             since = since or now
-            if now - since < budget.nanoseconds:
+            patience = budget.nanoseconds
+            if self._posted and patience > _POSTED_NS:
+                patience = _POSTED_NS
+            if now - since < patience:
                 yield_cpu()
+            elif self._posted:
+                self._kick()
             else:
                 budget.miss()
                 self._sleep()
@@ -325,18 +403,21 @@ class Relay:
         Raises:
             OSError: The device has ended or failed.
         """
-        slot = self._spare or self._spare_slot()
+        slot = self._spare
         if slot is None or self._stalled:
-            return False
+            slot = self._spare_slot()
+            if slot is None:
+                return False
         readinto = self._readinto
         got = readinto(slot.view)
         if not got:
             if got is None:
                 return False
             raise OSError(errno.ENODEV, "end of file")  # only something else than /dev/fuse has one
-        ring = self._queue.ring
-        before = ring.outstanding
-        if before:
+        queue = self._queue
+        ring = queue.ring
+        before, posted = ring.outstanding, self._posted
+        if before > posted:
             self._burst = _BURST
         while got:
             if self._take(slot):
@@ -348,27 +429,28 @@ class Relay:
                     break
                 slot = following
             got = readinto(slot.view)
-        added = ring.outstanding - before
-        if added:
-            self._queue.kick()
+        added = ring.outstanding - before - self._posted + posted
+        if added or self._posted >= _POSTED_AT_ONCE:
+            self._posted = 0
+            queue.kick()
             if added == 1 and self._burst:
                 self._burst -= 1
         if self._asleep:
             self._asleep = False
-        else:
+        elif self._idle.nanoseconds < self._idle.limit:
             self._idle.hit()
         return True
 
     def _take(self, slot: Slot) -> bool:
         """Hand one request on; return whether it needs its slot from now on."""
         at = slot.at
-        size, opcode, unique, nodeid = _IN_HEADER(self._map, at)
-        slot.answers = unique
+        memory = self._map
+        size, opcode, unique, nodeid = _IN_HEADER(memory, at)
+        slot.answers = slot.unique = unique
         handler = self._local.get(opcode)
         if handler is not None and handler(slot, at, size, nodeid):
             return False
         slot.opcode = opcode
-        slot.unique = unique
         slot.nodeid = nodeid
         slot.size = size
         slot.errno = slot.length = 0
@@ -377,27 +459,54 @@ class Relay:
         if room is not None:
             slot.data_at = slot.small
             slot.writable = room
-        elif not slot.make_room(size, room_for_reply(opcode, self._map, at)):
+        elif not slot.make_room(size, room_for_reply(opcode, memory, at)):
             self._reply_error(unique, errno.EIO)
             return False
         slot.started_ns = perf_counter_ns()
-        if opcode in CHANGES:
-            self._opens.begin_change()
-            if opcode == _WRITE and self._must_wait_for_mode(slot, at, nodeid):
-                return True
-        elif opcode == _OPEN and self._checks_opens:
-            self._opens.begin(slot)
+        if self._checks_opens:
+            if opcode in CHANGES:
+                self._opens.begin_change()
+            elif opcode == _OPEN:
+                self._opens.begin(slot)
+        special = self._special.get(opcode)
+        if special is not None and special(slot, at, size, nodeid):
+            return True
         if slot.head >= 0:
             self._queue.submit_reserved(slot, slot.head, at, size)
         else:
             self._submit(slot)
         return True
 
+    def _kick(self) -> None:
+        self._posted = 0
+        self._queue.kick()
+
     def _submit(self, slot: Slot) -> None:
         if slot.head >= 0:
             self._queue.submit_reserved(slot, slot.head, slot.at, slot.size)
         elif not self._queue.submit_placed(slot, slot.at, slot.size):
             self._stalled.append(slot)
+
+    def _post(self, slot: Slot, at: int, size: int, _nodeid: int) -> bool:
+        """Answer a RELEASE now, and let the device have it with the next kick.
+
+        Not one that gives locks up: somebody may wait for them.
+        """
+        self._wrote.discard(_FH(self._map, at + _IN)[0])
+        if slot.head < 0 or _RELEASE_FLAGS(self._map, at + _RELEASE_FLAGS_AT)[0] & _FLOCK_UNLOCK:
+            return False
+        unique, slot.answers = slot.answers, 0
+        self._queue.submit_reserved(slot, slot.head, at, size)
+        slot.state = POSTED
+        self._posted += 1
+        self._write_header(unique, 0)
+        return True
+
+    def _note_write(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
+        if at + size > slot.touched:
+            slot.touched = at + size
+        self._wrote.add(_FH(self._map, at + _IN)[0])
+        return self._must_wait_for_mode(slot, at, nodeid)
 
     def _must_wait_for_mode(self, slot: Slot, at: int, nodeid: int) -> bool:
         """Send a SETATTR ahead of a write that clears set-id bits; return whether there was one."""
@@ -416,7 +525,12 @@ class Relay:
 
     def _local_handlers(self) -> dict[int, Callable[[Slot, int, int, int], bool]]:
         """Opcodes that may be dealt with here: (slot, at, size, nodeid) to whether it was."""
+        quiet = {Opcode.FLUSH: self._take_flush} if self._quiet_flush else {}
         table: dict[Opcode, Callable[[Slot, int, int, int], bool]] = {
+            **quiet,
+            Opcode.FALLOCATE: self._take_fallocate,
+            Opcode.COPY_FILE_RANGE: self._take_copy,
+            Opcode.COPY_FILE_RANGE_64: self._take_copy,
             Opcode.FORGET: self._take_forget,
             Opcode.BATCH_FORGET: self._take_batch_forget,
             Opcode.INTERRUPT: self._take_interrupt,
@@ -479,6 +593,22 @@ class Relay:
         else:
             self._interrupts.interrupt(victim, self._in_flight())
         return True
+
+    def _take_flush(self, slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+        handle = _FH(self._map, at + _IN)[0]
+        if handle in self._wrote:
+            self._wrote.discard(handle)
+            return False
+        self._write_header(slot.answers, 0)
+        return True
+
+    def _take_fallocate(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+        self._wrote.add(_FH(self._map, at + _IN)[0])
+        return False
+
+    def _take_copy(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+        self._wrote.add(_FH(self._map, at + _IN + _COPY_TARGET_AT)[0])
+        return False
 
     def _take_create(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
         flags: int = _COUNT(self._map, at + _IN)[0]
@@ -543,24 +673,41 @@ class Relay:
 
     def _collect(self) -> None:
         """Take everything that the device has used, and answer it."""
-        done = self._done
+        take, ring = self._queue.take, self._queue.ring
+        checks_opens = self._checks_opens
         try:
-            self._queue.reap(done)
+            # The first look is always taken: a device that uses what it does not have is caught.
+            while (pending := take()) is not None:
+                if type(pending) is not Slot:
+                    self._finish_own(pending)
+                    if not ring.outstanding:
+                        break
+                    continue
+                if checks_opens and pending.opcode in CHANGES:
+                    self._opens.end_change()
+                if pending.check is not None:
+                    if self._opens.replied(pending):
+                        self._finish(pending)
+                elif pending.state == DONE:
+                    self._answer(pending)
+                    pending.answers = 0
+                    if self._spare is None:
+                        self._spare = pending
+                    else:
+                        self._pool.put(pending)
+                else:
+                    self._settle(pending)
+                if not ring.outstanding:
+                    break
         except ProtocolViolation as violation:
             self._violated(violation)
-        for pending in done:
-            if type(pending) is not Slot:
-                self._finish_own(pending)
-                continue
-            if pending.opcode in CHANGES:
-                self._opens.end_change()
-            if pending.check is None or self._opens.replied(pending):
-                self._finish(pending)
-        done.clear()
+        budget = self._loan.budget
         if self._asleep:
             self._asleep = False
+        elif budget.nanoseconds < budget.limit:
+            budget.hit()
         else:
-            self._loan.budget.hit()
+            budget.hits += 1
         if self._stalled:
             self._retry_stalled()
         if self._answered_ns > self._looked_ns:
@@ -568,8 +715,18 @@ class Relay:
 
     def _finish(self, slot: Slot) -> None:
         """All that an answer needs is there."""
-        if slot.state == DONE:
-            self._answer(slot)
+        if slot.state != DONE:
+            self._settle(slot)
+            return
+        self._answer(slot)
+        slot.check = None
+        slot.answers = 0
+        self._pool.put(slot)
+
+    def _settle(self, slot: Slot) -> None:
+        """The device has answered what nobody waits for."""
+        if slot.state == POSTED:
+            self._count(slot)
         else:
             self._undo(slot)
         slot.check = None
@@ -600,18 +757,18 @@ class Relay:
         """Write one reply to the kernel."""
         opcode = slot.opcode
         counter = self._counters.get(opcode)
-        if counter is None:
-            counter = self._counters[opcode] = OpcodeCounter()
-        self._answered_ns = now = perf_counter_ns()
-        counter.add(now - slot.started_ns)
-        if slot.errno:
-            counter.errors += 1
-            self._answer_error(slot)
-            return
+        if counter is None or slot.errno:
+            self._count(slot)
+            if slot.errno:
+                self._answer_error(slot)
+                return
+        else:  # _count, written out
+            self._answered_ns = now = perf_counter_ns()
+            counter.add(now - slot.started_ns)
         at, length = slot.data_at, slot.length
         rewrite = self._rewriters.get(opcode)
         if rewrite is not None:
-            rewrite(self._map, at, length, slot.nodeid)
+            rewrite(self._map, at, length, slot.nodeid, slot.at)
         if slot.check is not None and not self._may_open(slot):
             return
         if slot.answers != slot.unique:
@@ -635,6 +792,15 @@ class Relay:
             with suppress(OSError):  # forgotten meanwhile
                 self._write(invalidation(slot.nodeid))
         return True
+
+    def _count(self, slot: Slot) -> None:
+        counter = self._counters.get(slot.opcode)
+        if counter is None:
+            counter = self._counters[slot.opcode] = OpcodeCounter()
+        self._answered_ns = now = perf_counter_ns()
+        counter.add(now - slot.started_ns)
+        if slot.errno:
+            counter.errors += 1
 
     def _answer_error(self, slot: Slot) -> None:
         number = slot.errno
@@ -710,7 +876,7 @@ class Relay:
         """The loop when the daemon is gone: errors for everybody, until the mount ends."""
         number = errno.EIO if isinstance(self._error, ProtocolViolation) else errno.ENOTCONN
         for slot in (*self._in_flight(), *self._stalled):
-            if slot.state != ABANDONED:
+            if slot.state not in (ABANDONED, POSTED):
                 self._reply_error(slot.answers, number)
         # Where all slots are with the device, which is gone, any will do.
         slot = self._spare or self._pool.take() or self._in_flight()[0]
@@ -737,6 +903,7 @@ class Relay:
     def _drain(self) -> None:
         """Wait for what the device has: RELEASEs and writes nobody waits for. Bounded."""
         ring = self._queue.ring
+        self._kick()
         deadline = perf_counter_ns() + int(DRAIN_SECONDS * 1e9)
         while ring.outstanding and self._error is None and not self._aborting:
             if not ring.arm():

@@ -6,6 +6,9 @@ the complete list of exceptions:
 * INIT is answered here: the session has done its own with the daemon (``init_answer``).
 * Validity times and open flags in replies become those of the cache policy (``reply_rewriters``),
   except in mode ``host``.
+* Validity times and open flags in replies become those of the cache policy (``reply_rewriters``).
+* A handle that cannot write wants no FLUSH, and one that has written nothing gets none, where the
+  daemon has no locks to give up at a FLUSH.
 * "No such name" becomes a negative entry where the policy remembers absence (``negative_entry``).
 * Set-id bits are taken off before a write that must clear them, where the daemon will not
   (``SetIdMemory``).
@@ -46,8 +49,8 @@ if TYPE_CHECKING:
     from vfsmount.client.session import InitFacts
 
     #: Puts the policy's values into a reply body: memory, offset there, bytes of body, and the node
-    #: that the request named.
-    Rewriter: TypeAlias = Callable[[mmap.mmap, int, int, int], None]
+    #: that the request named, and the offset of that.
+    Rewriter: TypeAlias = Callable[[mmap.mmap, int, int, int, int], None]
 
 __all__ = [
     "CapabilityMemory",
@@ -265,6 +268,8 @@ def reply_rewriters(
     policy: CachePolicy,
     modes: SetIdMemory | None = None,
     fresh: Freshness | None = None,
+    *,
+    no_flush: bool = False,
 ) -> dict[int, Rewriter]:
     """Return what is to be done to a successful reply, by opcode; most opcodes have nothing.
 
@@ -275,6 +280,7 @@ def reply_rewriters(
         policy: The cache policy.
         modes: Is told each mode that passes, where somebody needs to know.
         fresh: Is told the attributes that pass, likewise.
+        no_flush: No FLUSH is wanted of handles that cannot write.
     """
     (entry_s, entry_ns), (attr_s, attr_ns) = (
         _split(policy.entry_timeout),
@@ -296,7 +302,7 @@ def reply_rewriters(
             start = at + _ENTRY_SIGNATURE
             fresh.gave(_NODEID(memory, at)[0], memory[start : start + SIGNATURE_SIZE])
 
-    def entry(memory: mmap.mmap, at: int, length: int, _nodeid: int) -> None:
+    def entry(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
         if length < _ENTRY:
             return
         start = at + _ENTRY_VALID_AT
@@ -306,7 +312,7 @@ def reply_rewriters(
             memory[start:end] = entry_valid if exists else absent_valid
         learn(memory, at)
 
-    def attr(memory: mmap.mmap, at: int, length: int, nodeid: int) -> None:
+    def attr(memory: mmap.mmap, at: int, length: int, nodeid: int, _request: int) -> None:
         if length < _ATTR_OUT:
             return
         if memory[at : at + _ATTR_VALID.size] != attr_valid and not from_host:
@@ -317,7 +323,7 @@ def reply_rewriters(
             start = at + _ATTR_SIGNATURE
             fresh.gave(nodeid, memory[start : start + SIGNATURE_SIZE])
 
-    def statx(memory: mmap.mmap, at: int, length: int, _nodeid: int) -> None:
+    def statx(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
         if length >= _ATTR_VALID.size and memory[at : at + _ATTR_VALID.size] != attr_valid:
             memory[at : at + _ATTR_VALID.size] = attr_valid
 
@@ -331,17 +337,20 @@ def reply_rewriters(
         if flags != theirs:
             _U32.pack_into(memory, at + _OPEN_FLAGS_AT, flags)
 
-    def opened_file(memory: mmap.mmap, at: int, length: int, _nodeid: int) -> None:
-        opened(memory, at, length, file_flags)
+    def opened_file(memory: mmap.mmap, at: int, length: int, _nodeid: int, request: int) -> None:
+        ours = file_flags
+        if no_flush and _U32.unpack_from(memory, request + _IN)[0] & os.O_ACCMODE == os.O_RDONLY:
+            ours |= OpenOutFlag.NOFLUSH
+        opened(memory, at, length, ours)
 
-    def opened_dir(memory: mmap.mmap, at: int, length: int, nodeid: int) -> None:
+    def opened_dir(memory: mmap.mmap, at: int, length: int, nodeid: int, _request: int) -> None:
         opened(memory, at, length, listings.flags(nodeid, policy, monotonic()))
 
-    def created(memory: mmap.mmap, at: int, length: int, nodeid: int) -> None:
-        entry(memory, at, length, nodeid)
+    def created(memory: mmap.mmap, at: int, length: int, nodeid: int, request: int) -> None:
+        entry(memory, at, length, nodeid, request)
         opened(memory, at + _ENTRY, length - _ENTRY, file_flags)
 
-    def listed(memory: mmap.mmap, at: int, length: int, _nodeid: int) -> None:
+    def listed(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
         end = at + length
         while at + _DIRENTPLUS <= end:
             start = at + _ENTRY_VALID_AT
