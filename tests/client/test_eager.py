@@ -55,6 +55,26 @@ async def test_nothing_there_sleeps_until_there_is(pipe: tuple[int, int]) -> Non
         os.write(write_end, b"x")
 
 
+async def test_looking_comes_back_after_many_misses(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_end, write_end = pipe
+    slept = []
+
+    async def wait_readable(fd: int) -> None:
+        slept.append(fd)
+
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", wait_readable)
+    stand_in = eager_trio(read_end, 50)
+    for _ in range(200):  # idle: the budget shrinks to nothing on the way
+        await stand_in.lowlevel.wait_readable(read_end)
+    assert len(slept) == 200
+    os.write(write_end, b"x")
+    for _ in range(200):
+        await stand_in.lowlevel.wait_readable(read_end)
+    assert len(slept) < 200 + 70  # 64 until it looks again, and then one in 64
+
+
 async def test_lock_excludes_and_is_not_handed_over() -> None:
     lock = EagerLock()
     order = []

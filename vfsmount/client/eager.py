@@ -12,7 +12,8 @@ changes:
 * ``Lock`` is taken without a checkpoint when it is free, and is not handed over: whoever comes
   first has it. Handing it over would make two workers alternate, with a reschedule each time.
 
-Uncached open+read+close over Rust virtiofsd, pinned: 430 us without, 300 with.
+Uncached open+read+close over Rust virtiofsd, pinned, went from 430 to 300 us with this, with
+RELEASE posted and with FLUSH spared for handles that wrote nothing, together.
 """
 
 from __future__ import annotations
@@ -66,15 +67,16 @@ def _waiter(device: int, budget: PollBudget) -> Callable[[int], Awaitable[None]]
     async def wait_readable(fd: int) -> None:
         nonlocal turns
         turns += 1
-        if turns < _FAIRNESS and budget.nanoseconds:
+        if turns < _FAIRNESS:
             deadline = perf_counter_ns() + budget.nanoseconds
-            while True:
+            while budget.nanoseconds:
                 if look(0):
                     budget.hit()
                     return
                 if perf_counter_ns() >= deadline:
                     break
                 os.sched_yield()
+            # Also when the budget is used up: one miss in 64 gives it back.
             budget.miss()
         turns = 0
         await trio.lowlevel.wait_readable(fd)
