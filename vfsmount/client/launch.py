@@ -2,7 +2,7 @@
 
 Everything that can be wrong without side effects is refused here, before the command goes to the
 background. The daemon of ``--source`` is started before the event loop is even imported, which
-takes as long as the daemon's own start: on two CPUs a mount is ready 0.1 s sooner.
+takes as long as the daemon's own start.
 """
 
 from __future__ import annotations
