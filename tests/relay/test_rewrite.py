@@ -11,18 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfsmount.cache.policy import CachePolicy
-from vfsmount.client.relay_rewrite import (
+from vfsmount.client.relay_init import flags_to_withdraw, init_answer
+from vfsmount.client.relay_memory import (
     CapabilityMemory,
     SetIdMemory,
     asks_for_capability,
-    flags_to_withdraw,
-    init_answer,
-    largest_request,
-    negative_entry,
-    reply_rewriters,
-    room_for_reply,
     wants_set_id_cleared,
 )
+from vfsmount.client.relay_rewrite import negative_entry, reply_rewriters
+from vfsmount.client.relay_rooms import largest_request, room_for_reply
 from vfsmount.client.session import InitFacts
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import InitFlag, Opcode, OpenOutFlag

@@ -22,7 +22,7 @@ import trio
 from vfsmount.client.eager import eager_trio
 from vfsmount.client.operations import VirtioFsOperations
 from vfsmount.client.relay import Relay
-from vfsmount.client.relay_rewrite import flags_to_withdraw, init_answer
+from vfsmount.client.relay_init import flags_to_withdraw, init_answer
 from vfsmount.errors import MountError, WireError
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import InitFlag, Opcode

@@ -24,6 +24,7 @@ from vfsmount.wire import fuse
 if TYPE_CHECKING:
     from vfsmount.channel.loan import Loan
     from vfsmount.client.relay_opens import OpenCheck
+    from vfsmount.client.relay_requests import Route
 
 __all__ = ["SMALL_REPLY", "Slot", "SlotPool"]
 
@@ -55,6 +56,7 @@ class Slot(Pending):
         answers: ``unique`` that the kernel waits for; another than the device's only for a wait
             for a lock that was interrupted and asked for again.
         check: What an OPEN has to know besides its reply; None for anything else.
+        route: What is done with its opcode.
     """
 
     __slots__ = (
@@ -65,6 +67,7 @@ class Slot(Pending):
         "end",
         "head",
         "is_capability",
+        "route",
         "size",
         "small",
         "touched",
@@ -84,6 +87,7 @@ class Slot(Pending):
         self.check: OpenCheck | None = None
         self.size = 0
         self.answers = 0
+        self.route: Route
 
     def make_room(self, size: int, room: int) -> bool:
         """Say where the reply goes; False when it cannot be that long.

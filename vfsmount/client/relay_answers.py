@@ -1,0 +1,162 @@
+"""What the relay does with the device's replies: judged, rewritten where need be, to the kernel.
+
+A reply is written from where the device put it. The kernel checks its length against the request;
+what it refuses has failed for the caller with EIO by then, and is counted.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from contextlib import suppress
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Final
+
+from vfsmount.channel.statistics import OpcodeCounter
+from vfsmount.client.relay_memory import CapabilityMemory
+from vfsmount.client.relay_opens import invalidation
+from vfsmount.client.relay_rewrite import negative_entry
+from vfsmount.wire import fuse
+from vfsmount.wire.fuse import Opcode
+
+if TYPE_CHECKING:
+    from vfsmount.cache.policy import CachePolicy
+    from vfsmount.channel.loan import Loan
+    from vfsmount.client.relay_kernel import KernelPort
+    from vfsmount.client.relay_late import LateReplies
+    from vfsmount.client.relay_opens import OpenChecks
+    from vfsmount.client.relay_slots import Slot
+
+__all__ = ["Answers"]
+
+log = logging.getLogger(__name__)
+
+_OUT: Final = fuse.OUT_HEADER.size
+_LOOKUP: Final = int(Opcode.LOOKUP)
+
+
+class Answers:
+    """The way back.
+
+    Args:
+        loan: The queues; replies are counted in its counters.
+        policy: What the kernel may believe.
+        kernel: Takes the answers.
+        opens: Judges OPENs.
+        late: Undoes what the kernel would not take.
+        capabilities: Is told of files without.
+
+    Attributes:
+        counted_ns: When the last reply was counted, ``perf_counter_ns``.
+        refused: Replies that the kernel would not take.
+    """
+
+    __slots__ = (
+        "_capabilities",
+        "_counters",
+        "_kernel",
+        "_late",
+        "_map",
+        "_negative",
+        "_opens",
+        "_view",
+        "_write",
+        "counted_ns",
+        "refused",
+    )
+
+    def __init__(
+        self,
+        loan: Loan,
+        policy: CachePolicy,
+        kernel: KernelPort,
+        opens: OpenChecks,
+        late: LateReplies,
+        capabilities: CapabilityMemory,
+    ) -> None:
+        self.counted_ns = 0
+        self.refused = 0
+        self._map = loan.memory.map
+        self._view = loan.memory.view
+        self._counters = loan.counters
+        self._kernel = kernel
+        self._write = kernel.write
+        self._opens = opens
+        self._late = late
+        self._capabilities = capabilities
+        self._negative = negative_entry(policy)
+
+    def answer(self, slot: Slot) -> None:
+        """Write one reply to the kernel."""
+        route = slot.route
+        counter = route.counter
+        if counter is None or slot.errno:
+            self.count(slot)
+            if slot.errno:
+                self._answer_error(slot)
+                return
+        else:  # count, written out
+            self.counted_ns = now = perf_counter_ns()
+            counter.add(now - slot.started_ns)
+        at, length = slot.data_at, slot.length
+        rewrite = route.rewrite
+        if rewrite is not None:
+            rewrite(self._map, at, length, slot.nodeid, slot.at)
+        if slot.check is not None and not self._may_open(slot):
+            return
+        if slot.answers != slot.unique:
+            self._kernel.answer(slot.answers)
+            return
+        try:
+            self._write(self._view[at - _OUT : at + length])
+        except OSError as error:
+            self._refused(slot, error)
+
+    def count(self, slot: Slot) -> None:
+        """Count a reply, whatever becomes of it."""
+        counter = self._counters.get(slot.opcode)
+        if counter is None:
+            counter = self._counters[slot.opcode] = OpcodeCounter()
+            if slot.route.is_known:
+                slot.route.counter = counter
+        self.counted_ns = now = perf_counter_ns()
+        counter.add(now - slot.started_ns)
+        if slot.errno:
+            counter.errors += 1
+
+    def _may_open(self, slot: Slot) -> bool:
+        """Put into an OPEN's answer what its check has found; False when it is refused."""
+        verdict = self._opens.judge(slot)
+        if verdict.replaced:
+            # The kernel takes it as: look the name up again, then open what that finds.
+            self._late.take_back(slot)
+            self._kernel.answer(slot.answers, errno.ESTALE)
+            return False
+        if not verdict.keep_attributes:
+            # Of attributes alone, which takes no lock that a request could hold.
+            with suppress(OSError):  # forgotten meanwhile
+                self._write(invalidation(slot.nodeid))
+        return True
+
+    def _answer_error(self, slot: Slot) -> None:
+        number = slot.errno
+        if number == errno.ENOENT and slot.opcode == _LOOKUP and self._negative is not None:
+            self._kernel.answer_body(slot.answers, self._negative)
+            return
+        if slot.is_capability:
+            slot.is_capability = False
+            if number == CapabilityMemory.errno:
+                self._capabilities.note_absent(slot.nodeid, slot.started_ns / 1e9)
+        self._kernel.answer(slot.answers, number)
+
+    def _refused(self, slot: Slot, error: OSError) -> None:
+        """The kernel did not take a reply."""
+        if error.errno == errno.EINVAL:
+            # Its length does not fit the request; the kernel has failed that with EIO by itself,
+            # or has left it alone, and then we do.
+            self.refused += 1
+            if self.refused == 1:
+                log.warning("the kernel refused the daemon's reply to %s", slot)
+            self._kernel.answer(slot.answers, errno.EIO)
+        elif error.errno == errno.ENOENT:
+            self._late.undo(slot)  # the request was aborted

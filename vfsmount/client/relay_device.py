@@ -1,0 +1,141 @@
+"""The relay's end of the virtqueues: handing slots over, kicks, FORGETs, and what waits for room.
+
+Requests of our own (those that undo, a SETATTR ahead of a write) are ordinary ``Pending``s; slots
+are the kernel's. Both may be outstanding at once, and the queue keeps some descriptors for ours.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from vfsmount.channel.inflight import ABANDONED, SENT, Pending
+from vfsmount.client.relay_slots import Slot
+from vfsmount.errors import ProtocolViolation
+
+if TYPE_CHECKING:
+    from vfsmount.channel.loan import Loan
+    from vfsmount.client.relay_opens import OpenChecks
+    from vfsmount.client.relay_orders import Orders
+
+__all__ = ["DevicePort"]
+
+_FORGET_BATCH: Final = 32
+
+
+class DevicePort:
+    """The queues, and what is known of what they hold.
+
+    Args:
+        loan: The queues.
+        orders: Is told of violations; after an error nothing more is sent.
+        opens: OPENs wait there as well.
+
+    Attributes:
+        posted: Requests handed over since the last kick that nobody waits for.
+        stalled: Slots that found the ring full (of our own requests: there are slots enough).
+        undoing: Requests of our own that have found no room yet.
+    """
+
+    __slots__ = ("_held", "_loan", "_opens", "_orders", "_queue", "posted", "stalled", "undoing")
+
+    def __init__(self, loan: Loan, orders: Orders, opens: OpenChecks) -> None:
+        self._loan = loan
+        self._orders = orders
+        self._opens = opens
+        self._queue = loan.requests
+        self.posted = 0
+        self.stalled: list[Slot] = []
+        self.undoing: list[Pending] = []
+        #: Requests of our own, and the slot that waits for each.
+        self._held: dict[Pending, Slot] = {}
+
+    def in_flight(self) -> list[Slot]:
+        """Requests of the kernel that the device has, or that wait for one of ours there.
+
+        Those answered already are included.
+        """
+        slots = [one for one in self._queue.outstanding() if isinstance(one, Slot)]
+        return slots + list(self._held.values()) + self._opens.waiting()
+
+    # --- slots ---
+
+    def submit(self, slot: Slot) -> None:
+        """Hand a slot over; the device learns of it with the next kick."""
+        if slot.head >= 0:
+            self._queue.submit_reserved(slot, slot.head, slot.at, slot.size)
+        elif not self._queue.submit_placed(slot, slot.at, slot.size):
+            self.stalled.append(slot)
+
+    def retry_stalled(self) -> None:
+        """Hand over what found no room."""
+        waiting, self.stalled = self.stalled, []
+        for slot in waiting:
+            self.submit(slot)
+        self._queue.kick()
+
+    def kick(self) -> None:
+        """Tell the device of everything, of what was posted too."""
+        self.posted = 0
+        self._queue.kick()
+
+    def hold(self, slot: Slot, ahead: Pending) -> bool:
+        """Send a request of ours, and keep a slot until it is through; False without room."""
+        if not self._queue.submit(ahead):
+            return False
+        slot.state = SENT
+        self._held[ahead] = slot
+        return True
+
+    def unhold(self, ahead: Pending) -> Slot | None:
+        """A request of ours is through; return the slot that was kept and is abandoned by now."""
+        held = self._held.pop(ahead, None)
+        if held is not None and held.state != ABANDONED:
+            self.submit(held)
+            self._queue.kick()
+            return None
+        return held
+
+    # --- requests of our own ---
+
+    def undo(self, opcode: int, nodeid: int, body: bytes) -> None:
+        """Send a request whose reply nobody reads, now or when there is room."""
+        self.undoing.append(Pending(opcode, nodeid, body, None, 0, 0, 0, 0, 0, None))
+        self.send_undoing()
+
+    def send_undoing(self) -> None:
+        """Send what found no room."""
+        while self.undoing and self._queue.submit(self.undoing[0]):
+            self.undoing.pop(0).state = ABANDONED
+
+    def send_aside(self, opcode: int, body: bytes) -> None:
+        """Send a request without a reply on the hiprio queue; it is dropped where there is no room.
+
+        Nothing may depend on it, INTERRUPT for instance.
+        """
+        pending = Pending(opcode, 0, body, None, -1, 0, 0, 0, 0, None)
+        self.reap_aside()
+        if self._orders.error is None and self._loan.hiprio.submit(pending):
+            pending.state = ABANDONED
+
+    def forget(self, nodeid: int, nlookup: int) -> None:
+        """Give references back, in company."""
+        forgets = self._loan.forgets
+        forgets.add(nodeid, nlookup)
+        if len(forgets) >= _FORGET_BATCH:
+            self.flush_forgets()
+
+    def flush_forgets(self) -> None:
+        """Send the FORGETs that wait."""
+        self.reap_aside()
+        if len(self._loan.forgets) and self._orders.error is None:
+            self._loan.forgets.flush()
+
+    def reap_aside(self) -> None:
+        """Free what FORGETs lay in; the device returns that without a call."""
+        done: list[Pending] = []
+        try:
+            self._loan.hiprio.reap(done)
+        except ProtocolViolation as violation:
+            self._orders.violated(violation)
+        for pending in done:
+            self._loan.arena.free(pending.block)

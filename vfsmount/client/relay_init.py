@@ -1,0 +1,115 @@
+"""INIT between the kernel and the daemon: what each side is told of the other.
+
+The session has done its INIT with the daemon before there is a mount. The kernel's is answered from
+what came out: what the daemon accepted, less what cannot be honoured, plus what concerns the kernel
+alone. Where the kernel lacks what the daemon accepted and what changes the bytes of requests, INIT
+is repeated with the daemon.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from vfsmount.wire import fuse
+from vfsmount.wire.fuse import InitFlag, InitIn, InitOut
+
+if TYPE_CHECKING:
+    from vfsmount.cache.policy import CachePolicy
+    from vfsmount.client.session import InitFacts
+
+__all__ = ["flags_to_withdraw", "init_answer"]
+
+PAGE_SIZE: Final = 4096
+
+#: Accepted by both sides or by none, because they change the bytes of requests or who does what:
+#: struct sizes, extensions behind names, who masks modes, keeps sizes, and clears set-id bits.
+SHARED_FLAGS: Final = (
+    InitFlag.SETXATTR_EXT
+    | InitFlag.SECURITY_CTX
+    | InitFlag.CREATE_SUPP_GROUP
+    | InitFlag.DONT_MASK
+    | InitFlag.POSIX_ACL
+    | InitFlag.HANDLE_KILLPRIV
+    | InitFlag.HANDLE_KILLPRIV_V2
+    | InitFlag.WRITEBACK_CACHE
+)
+
+#: Never told to the kernel, whatever the daemon accepts: /dev/fuse has no submounts and no DAX; an
+#: OPEN answered with ENOSYS by accident would end all opens; idmapped ids need a daemon that knows.
+HIDDEN_FLAGS: Final = (
+    InitFlag.SUBMOUNTS
+    | InitFlag.MAP_ALIGNMENT
+    | InitFlag.HAS_INODE_DAX
+    | InitFlag.NO_OPEN_SUPPORT
+    | InitFlag.NO_OPENDIR_SUPPORT
+    | InitFlag.ALLOW_IDMAP
+    | InitFlag.EXPLICIT_INVAL_DATA
+    | InitFlag.HAS_RESEND
+    | InitFlag.OVER_IO_URING
+    | InitFlag.PASSTHROUGH
+    | InitFlag.REQUEST_TIMEOUT
+)
+
+#: Between the kernel and us alone; the daemon never notices. ABORT_ERROR tells an aborted
+#: connection from an unmounted one. DIRECT_IO_ALLOW_MMAP lets mode "none" map files.
+OWN_FLAGS: Final = (
+    InitFlag.ABORT_ERROR
+    | InitFlag.AUTO_INVAL_DATA
+    | InitFlag.BIG_WRITES
+    | InitFlag.DIRECT_IO_ALLOW_MMAP
+    | InitFlag.HAS_EXPIRE_ONLY
+    | InitFlag.INIT_EXT
+    | InitFlag.MAX_PAGES
+)
+
+#: Requests that the kernel sends at once without somebody waiting (read-ahead, write-back); its own
+#: choice, 12, is too few to keep a pipe of 1 MiB messages full. Congestion as the kernel: 3/4.
+MAX_BACKGROUND: Final = 64
+
+
+def flags_to_withdraw(offered: InitFlag, facts: InitFacts) -> InitFlag:
+    """Return what the daemon must not accept because the kernel does not know it.
+
+    When this is not empty, INIT has to be repeated with the daemon, without these flags.
+
+    Args:
+        offered: What the kernel offers.
+        facts: What was settled with the daemon.
+    """
+    return facts.flags & SHARED_FLAGS & ~offered
+
+
+def init_answer(kernel: InitIn, facts: InitFacts, policy: CachePolicy) -> InitOut:
+    """Return what to tell the kernel: what the daemon accepted, and what we add.
+
+    Args:
+        kernel: The kernel's INIT.
+        facts: What was settled with the daemon, ``flags_to_withdraw`` heeded.
+        policy: The cache policy.
+    """
+    offered = fuse.join_flags(kernel.flags, kernel.flags2)
+    flags = ((facts.flags & ~HIDDEN_FLAGS) | OWN_FLAGS) & offered
+    if not policy.writeback:
+        flags &= ~InitFlag.WRITEBACK_CACHE
+    if InitFlag.HANDLE_KILLPRIV_V2 in flags:
+        flags &= ~InitFlag.HANDLE_KILLPRIV
+    elif InitFlag.HANDLE_KILLPRIV not in flags:
+        # The kernel clears set-id bits itself then, but not of what an OPEN truncates.
+        flags &= ~InitFlag.ATOMIC_O_TRUNC
+    flags1, flags2 = fuse.split_flags(flags)
+    max_pages = facts.max_read // PAGE_SIZE
+    return InitOut(
+        major=fuse.KERNEL_VERSION,
+        minor=min(kernel.minor, facts.minor),
+        max_readahead=min(kernel.max_readahead, facts.max_read),
+        flags=flags1,
+        max_background=MAX_BACKGROUND,
+        congestion_threshold=MAX_BACKGROUND * 3 // 4,
+        max_write=facts.max_write,
+        time_gran=facts.time_gran,
+        max_pages=min(max_pages, 0xFFFF) if InitFlag.MAX_PAGES in flags else 0,
+        map_alignment=0,
+        flags2=flags2,
+        max_stack_depth=0,
+        request_timeout=0,
+    )

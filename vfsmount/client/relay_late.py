@@ -1,0 +1,89 @@
+"""Requests answered before their time, and what becomes of the replies that come too late.
+
+The device keeps the slot of such a request as long as it likes. What its reply hands out
+(references, handles, locks) is given back then; ``relay_undo`` says how.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Final
+
+from vfsmount.channel.inflight import ABANDONED
+from vfsmount.client.relay_interrupts import Interrupts
+from vfsmount.client.relay_undo import undo_late_reply
+from vfsmount.wire import fuse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vfsmount.channel.loan import Loan
+    from vfsmount.client.relay_device import DevicePort
+    from vfsmount.client.relay_kernel import KernelPort
+    from vfsmount.client.relay_slots import Slot
+
+__all__ = ["LateReplies"]
+
+_IN: Final = fuse.IN_HEADER.size
+_LK_IN: Final = fuse.LK_IN.size
+_PID: Final = struct.Struct("<I").unpack_from
+_PID_AT: Final = 32
+
+
+class LateReplies:
+    """Who gives up, and who cleans up.
+
+    Args:
+        loan: The queues; counts what is abandoned.
+        kernel: Answers callers.
+        device: Sends what undoes.
+        forget: Gives references to a node back.
+
+    Attributes:
+        interrupts: Who was interrupted.
+    """
+
+    __slots__ = ("_device", "_forget", "_kernel", "_loan", "_map", "interrupts")
+
+    def __init__(
+        self,
+        loan: Loan,
+        kernel: KernelPort,
+        device: DevicePort,
+        forget: Callable[[int, int], None],
+    ) -> None:
+        self._loan = loan
+        self._map = loan.memory.map
+        self._kernel = kernel
+        self._device = device
+        self._forget = forget
+        self.interrupts = Interrupts(self.give_up, self.lock_of, self._pid_of)
+
+    def give_up(self, slot: Slot, number: int) -> None:
+        """Answer a request with an error now; the device may keep it as long as it likes."""
+        slot.state = ABANDONED
+        unique, slot.answers = slot.answers, 0
+        self._loan.abandoned += 1
+        self._kernel.answer(unique, number)
+
+    def undo(self, slot: Slot) -> None:
+        """Take back what a reply has handed out that nobody took."""
+        if self.interrupts.settle(slot) and not slot.errno:
+            self.take_back(slot)
+
+    def take_back(self, slot: Slot) -> None:
+        """Have the daemon forget what a reply has handed out."""
+        reply = self._map[slot.data_at : slot.data_at + slot.length]
+        undo = undo_late_reply(slot.opcode, slot.nodeid, self.lock_of(slot), reply)
+        for nodeid in undo.forgets:
+            self._forget(nodeid, 1)
+        for request in undo.requests:
+            self._device.undo(*request)
+
+    def lock_of(self, slot: Slot) -> bytes:
+        """The first 48 bytes of a request's body: ``fuse_lk_in``, where it is about a lock."""
+        return self._map[slot.at + _IN : slot.at + _IN + _LK_IN]
+
+    def _pid_of(self, slot: Slot) -> int:
+        pid: int = _PID(self._map, slot.at + _PID_AT)[0]
+        return pid

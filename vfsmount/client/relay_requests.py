@@ -1,0 +1,330 @@
+"""What the relay does with the kernel's requests besides handing them on, opcode by opcode.
+
+A ``Route`` says it all of one opcode. Two functions of it see the request:
+
+    local      first of all: answers it here, changes it in place, or takes a note of it
+    special    when the slot is ready to go: hands it over in another way than the rest
+
+Most opcodes have neither. Each returns whether that is all.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Final
+
+from vfsmount.channel.inflight import POSTED, SENT, Pending
+from vfsmount.client.relay_memory import (
+    CapabilityMemory,
+    SetIdMemory,
+    asks_for_capability,
+    wants_set_id_cleared,
+)
+from vfsmount.client.relay_opens import CHANGES
+from vfsmount.client.relay_rewrite import flags_below_writeback
+from vfsmount.client.relay_rooms import small_rooms
+from vfsmount.client.relay_slots import SMALL_REPLY
+from vfsmount.client.session import setattr_in
+from vfsmount.wire import fuse
+from vfsmount.wire.fuse import LockType, Opcode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeAlias
+
+    from vfsmount.cache.policy import CachePolicy
+    from vfsmount.channel.loan import Loan
+    from vfsmount.channel.statistics import OpcodeCounter
+    from vfsmount.client.relay_device import DevicePort
+    from vfsmount.client.relay_kernel import KernelPort
+    from vfsmount.client.relay_late import LateReplies
+    from vfsmount.client.relay_opens import OpenChecks
+    from vfsmount.client.relay_rewrite import Rewriter
+    from vfsmount.client.relay_slots import Slot
+
+    #: Slot, offset of the request, its bytes, its nodeid; whether it has been dealt with.
+    Handler: TypeAlias = Callable[[Slot, int, int, int], bool]
+
+__all__ = ["RequestRules", "Route", "make_routes"]
+
+_EIO: Final = 5
+_IN: Final = fuse.IN_HEADER.size
+_PUT_U32: Final = struct.Struct("<I").pack_into
+_U32: Final = struct.Struct("<I").unpack_from
+_U64: Final = struct.Struct("<Q").unpack_from
+_OPCODE_AT: Final = 4
+_FORGET_ONE: Final = struct.Struct("<QQ").unpack_from
+_RELEASE_FLAGS_AT: Final = _IN + 12  # release_in: fh, flags, release_flags
+_FLOCK_UNLOCK: Final = int(fuse.ReleaseFlag.FLOCK_UNLOCK)
+_COPY_TARGET_AT: Final = 24  # copy_file_range_in: fh_in, off_in, nodeid_out, fh_out
+
+#: Routes that are made; opcodes above share one, on which the daemon decides.
+ROUTES: Final = max(Opcode.COPY_FILE_RANGE_64, 63) + 1
+
+
+class Route:
+    """What happens to the requests of one opcode, and to their replies.
+
+    Attributes:
+        local: Sees a request first; None for most.
+        special: Sees a slot that is ready to go; None for most.
+        room: Bytes of the reply, header included, where that is always the same and little; 0
+            where it has to be found out.
+        changes: It may change attributes.
+        is_known: It is the route of this opcode alone.
+        rewrite: Puts the cache policy's values into the reply; None for most.
+        counter: Counts replies, from the first one on.
+    """
+
+    __slots__ = ("changes", "counter", "is_known", "local", "rewrite", "room", "special")
+
+    def __init__(self, *, is_known: bool) -> None:
+        self.is_known = is_known
+        self.local: Handler | None = None
+        self.special: Handler | None = None
+        self.room = 0
+        self.changes = False
+        self.rewrite: Rewriter | None = None
+        self.counter: OpcodeCounter | None = None
+
+
+def make_routes(
+    rules: RequestRules, rewriters: dict[int, Rewriter], *, checks_opens: bool
+) -> list[Route]:
+    """Return the routes by opcode; the last one is for all opcodes that are unknown.
+
+    Args:
+        rules: Has the functions.
+        rewriters: What is to be done to replies.
+        checks_opens: What the kernel knows is checked when it opens a file.
+    """
+    routes = [Route(is_known=opcode < ROUTES) for opcode in range(ROUTES + 1)]
+    for opcode, room in small_rooms(SMALL_REPLY).items():
+        routes[opcode].room = room
+    for opcode, handler in rules.local().items():
+        routes[opcode].local = handler
+    for opcode, handler in rules.special(checks_opens=checks_opens).items():
+        routes[opcode].special = handler
+    for opcode, rewriter in rewriters.items():
+        routes[opcode].rewrite = rewriter
+    for opcode in CHANGES if checks_opens else ():
+        routes[opcode].changes = True
+    return routes
+
+
+class RequestRules:
+    """The functions, and what they remember.
+
+    Args:
+        loan: The queues.
+        policy: What the kernel may believe.
+        kernel: Answers what needs no daemon.
+        device: Gets what is handed over in another way.
+        opens: Checks OPENs.
+        late: Knows waits for locks that go on without their callers.
+        quiet_flush: A FLUSH means nothing to the daemon but "tell me of errors in writing".
+        forwards_interrupts: The daemon can give requests up.
+
+    Attributes:
+        modes: Files with set-id bits.
+        capabilities: Files without capabilities.
+    """
+
+    def __init__(
+        self,
+        loan: Loan,
+        policy: CachePolicy,
+        kernel: KernelPort,
+        device: DevicePort,
+        opens: OpenChecks,
+        *,
+        quiet_flush: bool,
+        forwards_interrupts: bool,
+    ) -> None:
+        self.modes = SetIdMemory()
+        self.capabilities = CapabilityMemory(policy.attr_timeout)
+        self.late: LateReplies
+        self._map = loan.memory.map
+        self._queue = loan.requests
+        self._kernel = kernel
+        self._device = device
+        self._opens = opens
+        self._quiet_flush = quiet_flush
+        self._forwards_interrupts = forwards_interrupts
+        self._writeback = policy.writeback
+        #: Handles that wrote since their last FLUSH.
+        self._wrote: set[int] = set()
+
+    def local(self) -> dict[int, Handler]:
+        """Return what sees requests first, by opcode."""
+        quiet = {Opcode.FLUSH: self._flush} if self._quiet_flush else {}
+        below = {Opcode.OPEN: self._open, Opcode.CREATE: self._open} if self._writeback else {}
+        table: dict[Opcode, Handler] = {
+            Opcode.FALLOCATE: self._fallocate,
+            Opcode.COPY_FILE_RANGE: self._copy,
+            Opcode.COPY_FILE_RANGE_64: self._copy,
+            Opcode.FORGET: self._forget,
+            Opcode.BATCH_FORGET: self._batch_forget,
+            Opcode.INTERRUPT: self._interrupt,
+            Opcode.CREATE: self._create,
+            Opcode.GETATTR: self._getattr,
+            Opcode.GETXATTR: self._getxattr,
+            Opcode.SETXATTR: self._xattr_change,
+            Opcode.REMOVEXATTR: self._xattr_change,
+            Opcode.SETLK: self._lock,
+            Opcode.SETLKW: self._lock_wait,
+            Opcode.NOTIFY_REPLY: lambda *_: True,  # we never ask
+            Opcode.INIT: self._unexpected,
+            Opcode.DESTROY: self._unexpected,  # only fuseblk mounts send it
+            **quiet,
+            **below,
+        }
+        return {int(opcode): handler for opcode, handler in table.items()}
+
+    def special(self, *, checks_opens: bool) -> dict[int, Handler]:
+        """Return what sees slots that are ready to go, by opcode."""
+        table: dict[Opcode, Handler] = {
+            Opcode.RELEASE: self._post,
+            Opcode.RELEASEDIR: self._post,
+            Opcode.WRITE: self._note_write,
+        }
+        if checks_opens:
+            table[Opcode.OPEN] = self._check_open
+        return {int(opcode): handler for opcode, handler in table.items()}
+
+    # --- forgetting and giving up ---
+
+    def forget(self, nodeid: int, nlookup: int) -> None:
+        """References to a node are given back; so is what is known of it."""
+        self.capabilities.drop(nodeid)
+        self.modes.drop(nodeid)
+        self._opens.forget(nodeid)
+        self._device.forget(nodeid, nlookup)
+
+    def _forget(self, _slot: Slot, at: int, _size: int, nodeid: int) -> bool:
+        self.forget(nodeid, _U64(self._map, at + _IN)[0])
+        return True
+
+    def _batch_forget(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+        start = at + _IN + fuse.BATCH_FORGET_IN.size
+        for number in range(_U32(self._map, at + _IN)[0]):
+            self.forget(*_FORGET_ONE(self._map, start + 16 * number))
+        return True
+
+    def _interrupt(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+        victim = _U64(self._map, at + _IN)[0]
+        if self._forwards_interrupts:
+            self._device.send_aside(Opcode.INTERRUPT, fuse.INTERRUPT_IN.values(victim))
+        else:
+            self.late.interrupts.interrupt(victim, self._device.in_flight())
+        return True
+
+    # --- handles ---
+
+    def _flush(self, slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+        handle = _U64(self._map, at + _IN)[0]
+        if handle in self._wrote:
+            self._wrote.discard(handle)
+            return False
+        self._kernel.answer(slot.answers)
+        return True
+
+    def _fallocate(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+        self._wrote.add(_U64(self._map, at + _IN)[0])
+        return False
+
+    def _copy(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+        self._wrote.add(_U64(self._map, at + _IN + _COPY_TARGET_AT)[0])
+        return False
+
+    def _create(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+        flags: int = _U32(self._map, at + _IN)[0]
+        _PUT_U32(self._map, at + _IN, flags & ~os.O_CREAT)
+        return False
+
+    def _open(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+        """OPEN and CREATE below the kernel's write-back."""
+        flags: int = _U32(self._map, at + _IN)[0]
+        _PUT_U32(self._map, at + _IN, flags_below_writeback(flags) & ~os.O_CREAT)
+        return False
+
+    def _check_open(self, slot: Slot, _at: int, _size: int, _nodeid: int) -> bool:
+        self._opens.begin(slot)
+        return False
+
+    def _post(self, slot: Slot, at: int, size: int, _nodeid: int) -> bool:
+        """Answer a RELEASE now, and let the device have it with the next kick.
+
+        Not one that gives locks up: somebody may wait for them.
+        """
+        self._wrote.discard(_U64(self._map, at + _IN)[0])
+        if slot.head < 0 or _U32(self._map, at + _RELEASE_FLAGS_AT)[0] & _FLOCK_UNLOCK:
+            return False
+        unique, slot.answers = slot.answers, 0
+        self._queue.submit_reserved(slot, slot.head, at, size)
+        slot.state = POSTED
+        self._device.posted += 1
+        self._kernel.answer(unique)
+        return True
+
+    def _note_write(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
+        if at + size > slot.touched:
+            slot.touched = at + size
+        self._wrote.add(_U64(self._map, at + _IN)[0])
+        return wants_set_id_cleared(self._map, at) and self._must_wait_for_mode(slot, nodeid)
+
+    def _must_wait_for_mode(self, slot: Slot, nodeid: int) -> bool:
+        """Send a SETATTR ahead of a write that clears set-id bits; return whether there was one."""
+        mode = self.modes.mode_to_set(nodeid)
+        if mode is None:
+            return False
+        body = fuse.SETATTR_IN.pack(setattr_in(mode=mode))
+        ahead = Pending(Opcode.SETATTR, nodeid, body, None, fuse.ATTR_OUT.size, 0, 0, 0, 0, None)
+        # When the ring is full, the bits go with the next write.
+        return self._device.hold(slot, ahead)
+
+    # --- attributes ---
+
+    def _getattr(self, slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
+        body = self._opens.take_parked(nodeid)
+        if body is None:
+            return False
+        self._kernel.answer_body(slot.answers, body)
+        return True
+
+    def _getxattr(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
+        slot.is_capability = asks_for_capability(self._map, at, size)
+        if slot.is_capability and self.capabilities.is_absent(nodeid, perf_counter_ns() / 1e9):
+            self._kernel.answer(slot.answers, CapabilityMemory.errno)
+            return True
+        return False
+
+    def _xattr_change(self, _slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
+        self.capabilities.drop(nodeid)
+        return False
+
+    # --- locks ---
+
+    def _lock(self, slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
+        self.late.interrupts.note_lock(nodeid, self.late.lock_of(slot))
+        return False
+
+    def _lock_wait(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
+        lock = self.late.lock_of(slot)
+        if fuse.LK_IN.unpack(lock).type == LockType.UNLOCK:
+            # Never waits; virtiofsd (C), which has no waiting, refuses it all the same.
+            _PUT_U32(self._map, at + _OPCODE_AT, Opcode.SETLK)
+            return False
+        orphan = self.late.interrupts.adopt(nodeid, lock)
+        if orphan is None:
+            self.late.interrupts.note_lock(nodeid, lock)
+            return False
+        orphan.answers = slot.answers
+        orphan.state = SENT
+        return True
+
+    def _unexpected(self, slot: Slot, _at: int, _size: int, _nodeid: int) -> bool:
+        self._kernel.answer(slot.answers, _EIO)
+        return True
