@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": {"wire", "errors", "channel", "hostd"},
     "cli": {"client", "hostd", "errors", ""},
     "__main__": {"cli"},
-    "": {"channel", "client"},
+    "": {"channel", "cache", "client"},
 }
 
 #: Modules, and folders of them, that are pure.

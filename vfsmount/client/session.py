@@ -45,7 +45,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from vfsmount.cache.policy import CachePolicy
     from vfsmount.channel import Channel
+    from vfsmount.client.cached import CachedSession
     from vfsmount.wire._codec import Codec
 
 __all__ = ["GUEST_FLAGS", "OLDEST_MINOR", "Caller", "InitFacts", "Session", "connect"]
@@ -197,6 +199,21 @@ class Session:
         self._security = b""
         self._supp_group = False
         self._setxattr_ext = False
+
+    def cached(
+        self, policy: CachePolicy, *, names: int = 100_000, cache_size: int = 64 << 20
+    ) -> CachedSession:
+        """Return a view of files by path that keeps what ``policy`` lets it believe.
+
+        Args:
+            policy: ``CachePolicy.for_mode("auto")``, say.
+            names: Most names and attributes that it remembers, and so of nodes that the daemon
+                holds for it; 400 bytes each.
+            cache_size: Bytes of contents that it keeps.
+        """
+        from vfsmount.client.cached import CachedSession
+
+        return CachedSession(self, policy, names=names, cache_size=cache_size)
 
     # --- start and end ---------------------------------------------------------------------------
 

@@ -1,0 +1,103 @@
+"""Contents of files that may be believed, in blocks; bounded in bytes, the longest unused go first.
+
+A block that is shorter than the others is the end of its file, and an empty one says that the file
+ends before it. So nobody needs to know the file's size to read from here.
+
+When contents may be believed is not decided here: who opens a file finds out (``freshness``), and
+drops what is old.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+__all__ = ["BLOCK", "Pages"]
+
+#: Bytes of one block.
+BLOCK: Final = 1 << 17
+#: Bytes that a block takes beside its contents: two table entries and an object, measured.
+_OVERHEAD: Final = 300
+
+
+class Pages:
+    """Blocks of all files.
+
+    Args:
+        limit: Bytes in all.
+    """
+
+    __slots__ = ("_blocks", "_files", "_limit", "_size")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._blocks: dict[tuple[int, int], bytes] = {}
+        self._files: dict[int, set[int]] = {}
+        self._size = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes taken."""
+        return self._size
+
+    def read(self, nodeid: int, start: int, size: int) -> bytes | None:
+        """Return up to ``size`` bytes from ``start``, fewer at the end; None: not known."""
+        pieces = []
+        for index in range(start // BLOCK, -(-(start + size) // BLOCK)):
+            block = self._blocks.pop((nodeid, index), None)
+            if block is None:
+                return None
+            self._blocks[nodeid, index] = block
+            at = index * BLOCK
+            pieces.append(block[max(0, start - at) : start + size - at])
+            if len(block) < BLOCK:
+                break
+        return b"".join(pieces)
+
+    def put(self, nodeid: int, start: int, data: bytes, *, ends: bool) -> None:
+        """Keep what was read from ``start``, a multiple of BLOCK; the file ``ends`` behind it.
+
+        Bytes behind the last whole block are of no use unless the file ends there.
+        """
+        for at in range(0, len(data) + ends, BLOCK):
+            block = data[at : at + BLOCK]
+            if len(block) == BLOCK or ends:
+                self._put(nodeid, (start + at) // BLOCK, block)
+        while self._size > self._limit:
+            self._remove(*next(iter(self._blocks)))
+
+    def _put(self, nodeid: int, index: int, block: bytes) -> None:
+        before = self._blocks.pop((nodeid, index), None)
+        if before is None:
+            self._files.setdefault(nodeid, set()).add(index)
+        else:
+            self._size -= len(before) + _OVERHEAD
+        self._blocks[nodeid, index] = block
+        self._size += len(block) + _OVERHEAD
+
+    def _remove(self, nodeid: int, index: int) -> None:
+        self._size -= len(self._blocks.pop((nodeid, index))) + _OVERHEAD
+        indices = self._files[nodeid]
+        indices.discard(index)
+        if not indices:
+            del self._files[nodeid]
+
+    def wrote(self, nodeid: int, start: int, size: int) -> None:
+        """Some bytes were written: their blocks are old, and so is what is known of the end."""
+        first, last = start // BLOCK, (start + size) // BLOCK
+        for index in list(self._files.get(nodeid, ())):
+            if first <= index <= last or len(self._blocks[nodeid, index]) < BLOCK:
+                self._remove(nodeid, index)
+
+    def drop(self, nodeid: int) -> None:
+        """Nothing of the file is to be believed any more."""
+        for index in list(self._files.get(nodeid, ())):
+            self._remove(nodeid, index)
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError unless all is counted and within bounds."""
+        assert self._size == sum(len(block) + _OVERHEAD for block in self._blocks.values())
+        assert self._size <= self._limit
+        indexed = {(nodeid, index) for nodeid, of in self._files.items() for index in of}
+        assert indexed == set(self._blocks)
+        assert all(self._files.values())
+        assert all(len(block) <= BLOCK for block in self._blocks.values())
