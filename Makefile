@@ -9,11 +9,12 @@ MNT ?= build/demo/mnt
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup mount test bench lint types daemons test-packages clean
+.PHONY: help setup mount test test-guest bench lint types daemons test-packages clean
 
 help:
 	@echo "make mount [SRC=dir] [MNT=dir]  share SRC with the bundled daemon, mount it at MNT, until Ctrl-C"
 	@echo "make test  [ARGS='-k name']     every test (brings the real host daemons); ARGS go to pytest"
+	@echo "make test-guest [ARGS=...]      a Linux guest in QEMU mounts the share (minutes; Debian)"
 	@echo "make bench [ARGS=...]           measure against native and other FUSE filesystems"
 	@echo "make lint                       ruff: rules and format"
 	@echo "make types                      mypy --strict"
@@ -56,6 +57,11 @@ mount: setup $(filter build/demo/mnt,$(MNT)) $(if $(filter build/demo/shared,$(S
 
 test: setup test-packages daemons
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-guest: setup test-packages daemons
+	@tools/system-packages.sh $(BIN)/python guest
+	@$(BIN)/python tools/fetch_guest.py
+	@$(BIN)/python -m pytest -m guest $(ARGS)
 
 bench: setup test-packages daemons
 	@tools/system-packages.sh $(BIN)/python bench || true # a subject that cannot run says why

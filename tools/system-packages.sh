@@ -1,9 +1,10 @@
 #!/bin/sh
 # Install the system packages that are missing, with apt; do nothing at all when none is.
 #
-# Usage: system-packages.sh PYTHON [test|bench]
+# Usage: system-packages.sh PYTHON [test|guest|bench]
 #   PYTHON   the interpreter that the virtual environment will be made with
 #   test     also what only the tests need
+#   guest    also what it takes to boot a virtual machine
 #   bench    also what only the benchmark needs: other filesystems to compare with
 #
 # Each need is looked for itself (a command, a header), not its package: whoever has it from
@@ -30,6 +31,9 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Pyth
 
 if [ "$purpose" = test ]; then
     have rsync || need rsync # a workload that runs on the mount
+fi
+if [ "$purpose" = guest ]; then
+    have qemu-system-x86_64 || need qemu-system-x86
 fi
 if [ "$purpose" = bench ]; then
     have git || need git
