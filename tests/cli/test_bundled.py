@@ -60,7 +60,10 @@ def test_connected_served_and_stopped(daemon_is: Callable[[str], None]) -> None:
         daemon.sock.settimeout(10)
         words = daemon.sock.recv(1000).split()
         assert words[0] == b"--fd"
-        assert words[2:] == b"--once --cache none --log-level warning -- /data".split()
+        assert (
+            words[2:]
+            == b"--once --cache none --log-level warning --dax 1073741824 -- /data".split()
+        )
         pid = daemon.pid
         assert os.getsid(pid) == pid  # Ctrl-C in our terminal does not reach it
     with pytest.raises(ProcessLookupError):

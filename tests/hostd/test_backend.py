@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -391,7 +392,9 @@ def test_every_descriptor_is_given_back(front: Front) -> None:
         start(front)
         front.say(R.SET_VRING_CALL, FdWord(1), os.eventfd(0))
         front.say(R.SET_VRING_ERR, FdWord(1), os.eventfd(0))
-        front.say(R.SET_BACKEND_REQ_FD, None, os.eventfd(0))
+        ours, theirs = socket.socketpair()
+        front.say(R.SET_BACKEND_REQ_FD, None, theirs.detach())
+        ours.close()
         front.say(R.GET_VRING_BASE, VringState(1, 0))
     front.backend.close()
 

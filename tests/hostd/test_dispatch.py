@@ -31,8 +31,6 @@ UNSERVED = {
     "BMAP",
     "IOCTL",
     "POLL",
-    "SETUPMAPPING",
-    "REMOVEMAPPING",
 }
 #: Opcodes that begin with a struct, and its size; INIT has a shorter form.
 WITH_STRUCT: dict[Opcode, int] = {

@@ -35,6 +35,7 @@ from vfsmount.wire.vhost_user import (
     MemoryTable,
     Payload,
     ProtocolFeature,
+    ShmemConfig,
     VirtioFeature,
     VirtioStatus,
     VringAddr,
@@ -46,7 +47,7 @@ from vfsmount.wire.vhost_user import (
 
 if TYPE_CHECKING:
     import socket as stdlib_socket
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from vfsmount.channel.memory import SharedMemory
     from vfsmount.channel.options import ChannelOptions
@@ -70,6 +71,7 @@ class DeviceOffer(NamedTuple):
         num_queues: Queues of all kinds, or None when it does not say (no MQ).
         max_mem_slots: Memory regions, or None when it does not say (no CONFIGURE_MEM_SLOTS).
         config: Config space, or None when it has none.
+        shmem: Sizes in bytes of its shared memory regions by shmid; asked only by who has a window.
     """
 
     features: int
@@ -77,6 +79,7 @@ class DeviceOffer(NamedTuple):
     num_queues: int | None
     max_mem_slots: int | None
     config: virtio_fs.Config | None
+    shmem: Mapping[int, int]
 
     @property
     def num_request_queues(self) -> int:
@@ -248,8 +251,11 @@ class Frontend:
 
     # --- the handshake, in order ---
 
-    async def introduce(self) -> DeviceOffer:
+    async def introduce(self, window: bool = False) -> DeviceOffer:
         """Take possession, negotiate protocol features and ask what there is to ask.
+
+        Args:
+            window: Whether we have a window for what the back-end maps.
 
         Raises:
             HandshakeError: As ``call``.
@@ -259,12 +265,13 @@ class Frontend:
         offered_protocol = 0
         if offered & VirtioFeature.PROTOCOL_FEATURES:
             offered_protocol = await self.ask(_REQ.GET_PROTOCOL_FEATURES, int)
-            acked = ack_protocol_features(offered_protocol)
+            acked = ack_protocol_features(offered_protocol, window)
             await self.call(_REQ.SET_PROTOCOL_FEATURES, acked)
             self.protocol_features = acked
         num_queues = await self._ask_if(_PF.MQ, _REQ.GET_QUEUE_NUM)
         slots = await self._ask_if(_PF.CONFIGURE_MEM_SLOTS, _REQ.GET_MAX_MEM_SLOTS)
-        return DeviceOffer(offered, offered_protocol, num_queues, slots, await self._ask_config())
+        config, shmem = await self._ask_config(), await self._ask_shmem()
+        return DeviceOffer(offered, offered_protocol, num_queues, slots, config, shmem)
 
     async def _ask_if(self, feature: ProtocolFeature, request: FrontendRequest) -> int | None:
         return await self.ask(request, int) if self.protocol_features & feature else None
@@ -280,6 +287,11 @@ class Frontend:
             return virtio_fs.decode_config(reply.data)
         except WireError as error:
             raise HandshakeError(f"bad answer to GET_CONFIG: {error}", _SEE_LOG) from error
+
+    async def _ask_shmem(self) -> Mapping[int, int]:
+        if not self.protocol_features & _PF.SHMEM:
+            return {}
+        return (await self.ask(_REQ.GET_SHMEM_CONFIG, ShmemConfig)).sizes
 
     async def set_backend_channel(self, theirs: stdlib_socket.socket) -> None:
         """Give the back-end its end of the channel on which it asks us. Raises as ``call``."""

@@ -19,7 +19,7 @@ __all__ = ["WANTED_PROTOCOL_FEATURES", "ack_protocol_features", "ack_virtio_feat
 _PF = ProtocolFeature
 _VF = VirtioFeature
 
-#: What we have a use for. SHMEM joins when there is a DAX window to map things into.
+#: What we have a use for. SHMEM joins when there is a window to map things into.
 WANTED_PROTOCOL_FEATURES = (
     _PF.MQ
     | _PF.REPLY_ACK
@@ -31,6 +31,9 @@ WANTED_PROTOCOL_FEATURES = (
     | _PF.CONFIGURE_MEM_SLOTS
     | _PF.STATUS
 )
+
+#: What it takes to map: the back-end asks, sends a descriptor, and learns whether it worked.
+_MAPPING = _PF.BACKEND_REQ | _PF.BACKEND_SEND_FD | _PF.REPLY_ACK
 
 
 def ack_virtio_features(offered: int, options: ChannelOptions) -> int:
@@ -49,9 +52,16 @@ def ack_virtio_features(offered: int, options: ChannelOptions) -> int:
     return offered & wanted
 
 
-def ack_protocol_features(offered: int) -> int:
-    """Return the protocol features to accept; one that depends on another comes only with it."""
-    acked = offered & WANTED_PROTOCOL_FEATURES
+def ack_protocol_features(offered: int, window: bool = False) -> int:
+    """Return the protocol features to accept; one that depends on another comes only with it.
+
+    Args:
+        offered: What the back-end has.
+        window: Whether we have a window for what it maps.
+    """
+    acked = offered & (WANTED_PROTOCOL_FEATURES | (_PF.SHMEM if window else 0))
     if not acked & _PF.BACKEND_REQ:
         acked &= ~int(_PF.BACKEND_SEND_FD)
+    if acked & _MAPPING != _MAPPING:
+        acked &= ~int(_PF.SHMEM)
     return int(acked)

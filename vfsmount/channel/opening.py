@@ -20,6 +20,7 @@ from vfsmount.channel.frontend import DeviceOffer, Frontend
 from vfsmount.channel.memory import GUEST_BASE, SharedMemory
 from vfsmount.channel.options import ChannelOptions
 from vfsmount.channel.rings import DriverQueue
+from vfsmount.channel.shmem import window_handlers
 from vfsmount.channel.socket import MessageSocket, connect
 from vfsmount.errors import HandshakeError, ProtocolViolation
 from vfsmount.wire import virtio_fs
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from vfsmount.channel.backend_requests import BackendHandler
+    from vfsmount.channel.shmem import Window
     from vfsmount.wire.vring import VringLayout
 
 __all__ = ["open_channel", "probe"]
@@ -122,6 +124,7 @@ async def open_channel(
     *,
     sock: stdlib_socket.socket | None = None,
     handlers: Mapping[BackendRequest, BackendHandler] | None = None,
+    window: Window | None = None,
 ) -> AsyncIterator[Channel]:
     """Connect to a virtio-fs daemon and start its queues; close everything at the end.
 
@@ -130,6 +133,7 @@ async def open_channel(
         options: See ChannelOptions.
         sock: A connected stream socket instead of ``path``; ours from now on.
         handlers: Who serves the daemon's own requests, besides CONFIG_CHANGE_MSG.
+        window: Who takes what the daemon maps; cleared at the end.
 
     Raises:
         ConnectError: Nobody there.
@@ -137,9 +141,14 @@ async def open_channel(
         UsageError: The shared memory file is there already.
     """
     async with _connection(path, sock, options) as (frontend, background, closing):
-        offer = await frontend.introduce()
+        offer = await frontend.introduce(window is not None)
         _check_offer(offer)
-        server = await _open_backend_channel(frontend, closing, handlers or {})
+        table = dict(handlers or {})
+        if window is not None:
+            table |= window_handlers(window)
+            closing.callback(window.clear)
+            window.offered(offer.shmem.get(virtio_fs.DAX_SHMID, 0))
+        server = await _open_backend_channel(frontend, closing, table)
         await frontend.accept_features(offer, options)
         memory, arena, queues = _allocate(frontend.features, options, closing)
         await frontend.share_inflight(len(queues), options.queue_size)

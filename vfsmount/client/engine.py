@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyfuse3
 import trio
@@ -85,6 +85,9 @@ class Engine(Protocol):
     def refused(self) -> int:
         """Replies that the kernel would not take."""
 
+    def dax_facts(self) -> dict[str, Any]:
+        """What the engine makes of the DAX window, for ``status``."""
+
 
 class Pyfuse3Engine:
     """Handlers in Python, called by pyfuse3's loop."""
@@ -137,6 +140,10 @@ class Pyfuse3Engine:
     def refused(self) -> int:
         """Libfuse keeps them to itself."""
         return 0
+
+    def dax_facts(self) -> dict[str, Any]:
+        """Nothing yet."""
+        return {}
 
 
 class RelayEngine:
@@ -248,6 +255,10 @@ class RelayEngine:
     def refused(self) -> int:
         """Replies that the kernel would not take."""
         return 0 if self._relay is None else self._relay.refused
+
+    def dax_facts(self) -> dict[str, Any]:
+        """Nothing yet."""
+        return {}
 
 
 def choose_engine(wanted: str, session: Session, policy: CachePolicy) -> Engine:

@@ -182,6 +182,7 @@ class _Mount:
             sock=self._daemon.sock if self._daemon else None,
             options=_channel_options(self.settings),
             extra_flags=extra,
+            dax=self.settings.dax,
         ) as session:
             with self._mounting:
                 self._has_session = True

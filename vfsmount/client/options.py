@@ -48,6 +48,14 @@ MAX_QUEUE_SIZE = 32768
 """Entries; the split ring's own limit (virtio 1.3, "Split Virtqueues")."""
 MAX_POLL_US = 10_000
 """Microseconds; beyond a reschedule's cost polling can only burn the CPU."""
+UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+"""log2 of bytes."""
+WINDOW_STEP = 2 << 20
+"""Bytes of one range of the DAX window."""
+DEFAULT_WINDOW = 1 << 30
+"""Bytes; addresses only, nothing is held by a window."""
+MAX_WINDOW = 64 << 40
+"""Bytes; the bundled daemon offers no more."""
 
 # fmt: off
 KERNEL_FLAGS = frozenset((
@@ -129,6 +137,21 @@ def cpu_list(text: str) -> frozenset[int]:
     return frozenset(cpus)
 
 
+def window_size(text: str) -> int:
+    """Convert the size of the DAX window; ``off`` is 0.
+
+    Raises:
+        ValueError: Neither off nor a multiple of 2 MiB.
+    """
+    if text == "off":
+        return 0
+    match = re.fullmatch(r"([0-9]{1,9})([KMGT]?)", text.upper())
+    size = int(match[1]) << UNITS[match[2]] if match else 0
+    if not 0 < size <= MAX_WINDOW or size % WINDOW_STEP:
+        raise ValueError("is neither off nor a size such as 512M or 1G, in steps of 2M")
+    return size
+
+
 def path(text: str) -> str:
     """Accept a non-empty path.
 
@@ -166,6 +189,13 @@ MOUNT_GROUPS = (
             Option("negative-timeout", "for names that do not exist", "SEC", seconds),
             Option("dir-timeout", "for listings of directories", "SEC", seconds),
             Option("writeback", "gather writes here until close or fsync", negatable=True),
+            Option(
+                "dax",
+                "map that much of the host's files where the daemon can (default 1G),\n"
+                "instead of a message per access",
+                "SIZE|off",
+                window_size,
+            ),
         ),
     ),
     Group(
@@ -284,6 +314,7 @@ class MountSettings:
     shm_file: str | None = None
     queue_size: int | None = None
     poll_us: int | None = None
+    dax: int = DEFAULT_WINDOW
 
     @property
     def origin(self) -> str:
@@ -373,7 +404,7 @@ def _settings(values: dict[str, Any], mountpoint: str, as_helper: bool) -> Mount
     # fmt: off
     plain = (
         "cache", "timeout", "writeback", "allow_other", "fsname", "subtype", "ready-fd",
-        "cpus", "engine", "log-level", "request-timeout", "queue-size", "poll-us", *TIMES,
+        "cpus", "dax", "engine", "log-level", "request-timeout", "queue-size", "poll-us", *TIMES,
     )
     # fmt: on
     if values.get("debug"):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vfsmount.client.session import InitFacts, Session
     from vfsmount.errors import VfsmountError
 
-__all__ = ["cache_facts", "daemon_facts", "status_document", "traffic"]
+__all__ = ["cache_facts", "daemon_facts", "dax_facts", "status_document", "traffic"]
 
 
 class Mount(Protocol):
@@ -68,6 +68,7 @@ def status_document(mount: Mount, session: Session) -> dict[str, Any]:
         "kernel": _kernel_facts(mount),
         "readahead_bytes": mount.readahead,
         "daemon": daemon_facts(session),
+        "dax": dax_facts(mount, session),
     } | traffic(session.channel.statistics())
 
 
@@ -110,6 +111,29 @@ def _write_back(mount: Mount) -> dict[str, Any]:
         else:
             who = "kernel" if InitFlag.WRITEBACK_CACHE in flags else "the daemon refuses"
     return {"writeback_by": who}
+
+
+def dax_facts(mount: Mount, session: Session) -> dict[str, Any]:
+    """Return the window as it is used; ``why`` says why there is none, else it is empty."""
+    window = session.window
+    facts: dict[str, Any] = {
+        "active": window is not None,
+        "why": _why_no_window(mount, session),
+        "window_bytes": 0 if window is None else window.size,
+        "range_bytes": 0 if window is None else window.range_size,
+        "mappings": 0 if window is None else window.mapped(),
+    }
+    return facts | ({} if mount.engine is None else mount.engine.dax_facts())
+
+
+def _why_no_window(mount: Mount, session: Session) -> str:
+    if session.window is not None:
+        return ""
+    if not mount.settings.dax:
+        return "--dax=off"
+    if not session.channel.offer.shmem:
+        return "the daemon offers no window"
+    return "the daemon and this mount could not agree on a window"
 
 
 def daemon_facts(session: Session) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import trio
 
 from vfsmount.channel import ChannelOptions, open_channel
+from vfsmount.dax_shm.window import Window
 from vfsmount.errors import (
     ChannelBroken,
     ChannelClosed,
@@ -91,6 +92,7 @@ GUEST_FLAGS = (
 )
 
 _NO_FLAGS = InitFlag(0)
+_DAX_FLAGS = InitFlag.MAP_ALIGNMENT | InitFlag.HAS_INODE_DAX
 
 #: Bytes of one page in INIT's max_pages, and how many pages there are without MAX_PAGES.
 PAGE_SIZE = 4096
@@ -152,6 +154,7 @@ async def connect(
     sock: socket_module.socket | None = None,
     options: ChannelOptions | None = None,
     extra_flags: InitFlag = _NO_FLAGS,
+    dax: int = 0,
 ) -> AsyncIterator[Session]:
     """Connect to a daemon, start a session, and end it with DESTROY.
 
@@ -160,17 +163,19 @@ async def connect(
         sock: A connected stream socket instead of ``path``; closed with the session.
         options: Queue size, time limits, polling.
         extra_flags: INIT flags to offer beyond GUEST_FLAGS (for example WRITEBACK_CACHE).
+        dax: Bytes of the DAX window to use at most, if the daemon has one; 0 for none.
 
     Raises:
         ConnectError: Nobody there.
         HandshakeError: The peer does not speak vhost-user or FUSE as we can.
     """
+    window = Window(dax) if dax else None
     async with (
-        open_channel(path, options or ChannelOptions(), sock=sock) as channel,
+        open_channel(path, options or ChannelOptions(), sock=sock, window=window) as channel,
         trio.open_nursery() as nursery,
     ):
         session = Session(channel, nursery)
-        await session._start(GUEST_FLAGS | extra_flags)
+        await session._start(GUEST_FLAGS | extra_flags, window)
         try:
             yield session
         finally:
@@ -188,11 +193,13 @@ class Session:
     Attributes:
         channel: The virtqueues under the session, with their statistics.
         facts: What INIT settled.
+        window: The DAX window; None without one.
     """
 
     def __init__(self, channel: Channel, nursery: trio.Nursery) -> None:
         self.channel = channel
         self.facts = InitFacts(0, InitFlag(0), 0, 0, 0, 1, 0)
+        self.window: Window | None = None
         self._nursery = nursery
         self._self = Caller(os.geteuid(), os.getegid(), os.getpid())
         self._offered = InitFlag(0)
@@ -217,7 +224,9 @@ class Session:
 
     # --- start and end ---------------------------------------------------------------------------
 
-    async def _start(self, offered: InitFlag) -> None:
+    async def _start(self, offered: InitFlag, window: Window | None) -> None:
+        if window is not None and window.size:
+            offered |= _DAX_FLAGS
         flags, flags2 = fuse.split_flags(offered)
         body = fuse.INIT_IN.values(
             fuse.KERNEL_VERSION, fuse.KERNEL_MINOR_VERSION, 1 << 20, flags, flags2
@@ -232,6 +241,9 @@ class Session:
         self._offered = offered
         self.facts = decode_init(reply, offered)
         accepted = self.facts.flags
+        self.window = None
+        if window is not None and InitFlag.MAP_ALIGNMENT in accepted:
+            self.window = window if window.align(self.facts.map_alignment) else None
         if InitFlag.SECURITY_CTX in accepted:
             # Each creating request must carry a context then; none is a set of none.
             self._security = fuse.encode_extensions(fuse.Extensions(security=()))
@@ -244,7 +256,7 @@ class Session:
         Raises:
             HandshakeError: The daemon does not want that.
         """
-        await self._start(self._offered & ~without)
+        await self._start(self._offered & ~without, self.window)
 
     async def _destroy(self) -> None:
         # It is over either way.

@@ -22,18 +22,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vfsmount.hostd.faults import GuestFault, Refused, RingFault
 from vfsmount.hostd.memory import MAX_MEM_SLOTS, GuestMemory
+from vfsmount.hostd.requests import RequestChannel
 from vfsmount.hostd.vring import DeviceRing
 from vfsmount.wire.vhost_user import (
     MAX_CONFIG_SIZE,
     ConfigRange,
     FrontendRequest,
     ProtocolFeature,
+    ShmemConfig,
     VirtioFeature,
     VringState,
     feature_names,
     missing_features,
 )
-from vfsmount.wire.virtio_fs import encode_config
+from vfsmount.wire.virtio_fs import DAX_SHMID, encode_config
 from vfsmount.wire.vring import (
     AVAIL_ALIGN,
     DESC_ALIGN,
@@ -48,6 +50,7 @@ from vfsmount.wire.vring import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from vfsmount.hostd.window import DaxWindow
     from vfsmount.wire.vhost_user import FdWord, MemoryRegion, MemoryTable, MessageKind, VringAddr
     from vfsmount.wire.virtio_fs import Config
 
@@ -77,6 +80,8 @@ _BIT_30: Final = int(VirtioFeature.PROTOCOL_FEATURES)
 _EVENT_IDX: Final = int(VirtioFeature.RING_EVENT_IDX)
 _INDIRECT: Final = int(VirtioFeature.RING_INDIRECT_DESC)
 _REPLY_ACK: Final = int(ProtocolFeature.REPLY_ACK)
+_SHMEM: Final = int(ProtocolFeature.SHMEM)
+_MAPPING: Final = _SHMEM | _REPLY_ACK | int(ProtocolFeature.BACKEND_SEND_FD)
 _NO_FD: Final = -1
 
 
@@ -215,6 +220,7 @@ class Backend:
     Args:
         config: Its config space.
         on_reset: Called when the driver's state is to be forgotten.
+        window: The DAX window to offer, which is told how to ask the front-end; None for none.
 
     Attributes:
         features: Virtio features acknowledged.
@@ -224,7 +230,9 @@ class Backend:
         running: Those that run.
     """
 
-    def __init__(self, config: Config, on_reset: Callable[[], None]) -> None:
+    def __init__(
+        self, config: Config, on_reset: Callable[[], None], window: DaxWindow | None = None
+    ) -> None:
         self.features = 0
         self.protocol_features = 0
         self.memory = GuestMemory()
@@ -232,7 +240,9 @@ class Backend:
         self.running: list[Queue] = []
         self._config = encode_config(config)
         self._on_reset = on_reset
-        self._request_fd = _NO_FD
+        self._window = window
+        self._offered = PROTOCOL_FEATURES | (_SHMEM if window is not None else 0)
+        self._requests: RequestChannel | None = None
         self._status = 0
 
     @property
@@ -244,7 +254,7 @@ class Backend:
         """The front-end has gone: let go of memory and descriptors."""
         self._forget_queues()
         self.memory.close()
-        self._set_request_fd(_NO_FD)
+        self._set_requests(None)
 
     def handle(self, kind: MessageKind, record: Any, fds: list[int]) -> Any:
         """Obey one message.
@@ -291,13 +301,14 @@ class Backend:
                 queue.enabled = True
 
     def _get_protocol_features(self, _record: None, _fds: list[int]) -> int:
-        return PROTOCOL_FEATURES
+        return self._offered
 
     def _set_protocol_features(self, bits: int, _fds: list[int]) -> None:
-        if bits & ~PROTOCOL_FEATURES:
-            names = " ".join(feature_names(ProtocolFeature, bits & ~PROTOCOL_FEATURES))
+        if bits & ~self._offered:
+            names = " ".join(feature_names(ProtocolFeature, bits & ~self._offered))
             raise Refused(f"protocol features that were not offered: {names}")
         self.protocol_features = bits
+        self._tell_window()
 
     def _set_owner(self, _record: None, _fds: list[int]) -> None:
         """The connection is the owner; saying so twice harms nobody."""
@@ -318,12 +329,24 @@ class Backend:
         raise Refused("the config space of a virtio-fs device is read-only")
 
     def _set_backend_req_fd(self, _record: None, fds: list[int]) -> None:
-        self._set_request_fd(fds.pop(0))
+        requests = RequestChannel(fds[0])
+        del fds[0]
+        self._set_requests(requests)
 
-    def _set_request_fd(self, fd: int) -> None:
-        """Hold the back-end request channel; there is nothing to ask the front-end for yet."""
-        _close(self._request_fd)
-        self._request_fd = fd
+    def _set_requests(self, requests: RequestChannel | None) -> None:
+        if self._requests is not None:
+            self._requests.close()
+        self._requests = requests
+        self._tell_window()
+
+    def _tell_window(self) -> None:
+        """Mappings take all of it: the region, descriptors, and answers, to see failures."""
+        if self._window is not None:
+            able = self.protocol_features & _MAPPING == _MAPPING
+            self._window.channel = self._requests if able else None
+
+    def _get_shmem_config(self, _record: None, _fds: list[int]) -> ShmemConfig:
+        return ShmemConfig({} if self._window is None else {DAX_SHMID: self._window.size})
 
     # --- memory ----------------------------------------------------------------------------------
 
@@ -491,6 +514,7 @@ _HANDLERS: Final[Mapping[FrontendRequest, Callable[[Backend, Any, list[int]], An
     _R.GET_CONFIG: Backend._get_config,
     _R.SET_CONFIG: Backend._set_config,
     _R.SET_BACKEND_REQ_FD: Backend._set_backend_req_fd,
+    _R.GET_SHMEM_CONFIG: Backend._get_shmem_config,
     _R.SET_MEM_TABLE: Backend._set_mem_table,
     _R.ADD_MEM_REG: Backend._add_mem_reg,
     _R.REM_MEM_REG: Backend._rem_mem_reg,

@@ -40,6 +40,7 @@ Share a directory with virtio-fs guests.
   --cache MODE           what guests may cache: auto (default), always, never, metadata
   --writeback            let guests keep writes back
   --no-xattr             serve no extended attributes
+  --dax SIZE|off         DAX window to offer: 2M to 64T in steps of 2M (default: 1G)
   --request-queues N     request queues of the device (default: 1)
   --poll-us N            longest look at a guest's queues before sleeping (default: 50)
   --once                 exit when the first guest has left
@@ -51,9 +52,14 @@ _LEVELS: Final = ("debug", "info", "warning", "error")
 #: ``none`` is what ``vfsmount`` calls the mode that virtiofsd calls ``never``.
 _CACHE_WORDS: Final = {mode.value: mode for mode in CacheMode} | {"none": CacheMode.NEVER}
 
+_UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+#: One range of a Linux guest, and half of what a process of 47-bit addresses can map at all.
+_WINDOW_STEP: Final = 2 << 20
+_MAX_WINDOW: Final = 64 << 40
+
 _FLAGS: Final = frozenset(("readonly", "writeback", "no-xattr", "once", "help"))
 _VALUES: Final = frozenset(
-    ("socket", "fd", "tag", "cache", "request-queues", "poll-us", "log-level")
+    ("socket", "fd", "tag", "cache", "dax", "request-queues", "poll-us", "log-level")
 )
 
 
@@ -145,7 +151,21 @@ def _options(flags: set[str], values: dict[str, str]) -> ShareOptions:
         xattr="no-xattr" not in flags,
         tag=tag,
         request_queues=_number(values, "request-queues", 1, MAX_REQUEST_QUEUES, 1),
+        dax=_window(values.get("dax", "1G")),
     )
+
+
+def _window(text: str) -> int:
+    """Bytes of the DAX window: a number with K, M, G or T behind it, or ``off``."""
+    if text == "off":
+        return 0
+    number, unit = text[:-1], _UNITS.get(text[-1:].upper(), 0)
+    if not unit:
+        number, unit = text, 1
+    size = int(number) * unit if number.isascii() and number.isdigit() else 0
+    if not 0 < size <= _MAX_WINDOW or size % _WINDOW_STEP:
+        raise UsageError(f"--dax {text!r} is neither off nor a multiple of 2M up to 64T")
+    return size
 
 
 def _word(values: dict[str, str], option: str, words: Collection[str], default: str) -> str:

@@ -82,7 +82,7 @@ class Connection:
         self._fuse = FuseServer(self._session)
         options = share.options
         config = Config(options.tag, options.request_queues)
-        self._backend = Backend(config, self._session.reset)
+        self._backend = Backend(config, self._session.reset_device, self._session.window)
         self._window = PollWindow(poll_ns)
         self._rings: list[tuple[Queue, DeviceRing]] = []
         self._kicks: dict[int, Queue] = {}

@@ -14,11 +14,20 @@ from vfsmount.wire.fuse import ATTR, ATTR_OUT, DIRENT, ENTRY_OUT
 if TYPE_CHECKING:
     import os
 
-__all__ = ["ATTR_SUBMOUNT", "attr_out", "dirent", "direntplus", "direntplus_unknown", "entry_out"]
+__all__ = [
+    "ATTR_DAX",
+    "ATTR_SUBMOUNT",
+    "attr_out",
+    "dirent",
+    "direntplus",
+    "direntplus_unknown",
+    "entry_out",
+]
 
 _NANO: Final = 1_000_000_000
-#: FUSE_ATTR_SUBMOUNT.
+#: FUSE_ATTR_SUBMOUNT and FUSE_ATTR_DAX.
 ATTR_SUBMOUNT: Final = 1
+ATTR_DAX: Final = 2
 
 _ATTR = struct.Struct("<QQQqqqIIIIIIIIII")
 _ATTR_OUT_HEAD = struct.Struct("<QII")
@@ -60,9 +69,9 @@ def _attr(st: os.stat_result, flags: int) -> bytes:
     )
 
 
-def attr_out(attributes: os.stat_result, valid: int) -> bytes:
+def attr_out(attributes: os.stat_result, valid: int, flags: int = 0) -> bytes:
     """Build ``fuse_attr_out``, 104 bytes; ``valid`` in seconds."""
-    return _ATTR_OUT_HEAD.pack(valid, 0, 0) + _attr(attributes, 0)
+    return _ATTR_OUT_HEAD.pack(valid, 0, 0) + _attr(attributes, flags)
 
 
 def entry_out(nodeid: int, attributes: os.stat_result, valid: int, flags: int = 0) -> bytes:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.errors import WireError
 from vfsmount.hostd.faults import GuestFault
-from vfsmount.hostd.fs import files, listing, nodes, tree, xattrs
+from vfsmount.hostd.fs import files, listing, mappings, nodes, tree, xattrs
 from vfsmount.hostd.fs.call import HEADER_SIZE, REPLY_SIZE, Call, window
 from vfsmount.wire.fuse import (
     INIT_OUT,
@@ -90,7 +90,7 @@ _FAST: Final[Mapping[int, FastHandler]] = {
     Opcode.RELEASE: files.release,
 }
 
-#: What is not here is ENOSYS: locks, ioctl, poll, bmap, DAX mappings, and opcodes to come.
+#: What is not here is ENOSYS: locks, ioctl, poll, bmap, and opcodes to come.
 _PLAIN: Final[Mapping[int, Handler]] = {
     Opcode.INIT: init,
     Opcode.DESTROY: destroy,
@@ -119,6 +119,8 @@ _PLAIN: Final[Mapping[int, Handler]] = {
     Opcode.LSEEK: files.lseek,
     Opcode.COPY_FILE_RANGE: files.copy_file_range,
     Opcode.COPY_FILE_RANGE_64: files.copy_file_range_64,
+    Opcode.SETUPMAPPING: mappings.setupmapping,
+    Opcode.REMOVEMAPPING: mappings.removemapping,
     Opcode.OPENDIR: listing.opendir,
     Opcode.READDIR: listing.readdir,
     Opcode.READDIRPLUS: listing.readdirplus,

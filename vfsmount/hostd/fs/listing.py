@@ -181,7 +181,7 @@ def _plus(session: Session, handle: DirHandle, entry: _Name) -> bytes:
         except OSError:
             pass
         else:
-            flags = session.submount_flag(handle.inode, inode)
+            flags = session.attr_flags(inode, handle.inode)
             valid = session.policy.valid
             return direntplus(inode.nodeid, found, valid, flags, entry.cookie, entry.name)
     return direntplus_unknown(_shown_ino(handle, entry), entry.cookie, entry.kind, entry.name)

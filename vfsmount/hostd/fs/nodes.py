@@ -77,10 +77,12 @@ def getattr_(session: Session, call: Call) -> bytes:
     """GETATTR: by handle where one is given, because its node may be forgotten already."""
     flags, _, fh = _GETATTR_IN.unpack_from(call.message, HEADER_SIZE)
     if flags & _GETATTR_FH and fh in session.files:
-        fd = session.files.get(fh).fd
+        handle = session.files.get(fh)
+        fd, inode = handle.fd, handle.inode
     else:
-        fd = session.inodes.get(call.nodeid).fd
-    return attr_out(os.fstat(fd), session.policy.valid)
+        inode = session.inodes.get(call.nodeid)
+        fd = inode.fd
+    return attr_out(os.fstat(fd), session.policy.valid, session.attr_flags(inode))
 
 
 def statx(session: Session, request: Request) -> bytes:
@@ -115,7 +117,7 @@ def setattr_(session: Session, request: Request) -> bytes:
     if args.valid & _TIMES:
         atime, mtime = _times(args)
         syscalls.utimensat(proc_fd, name, atime, mtime)
-    return attr_out(os.fstat(inode.fd), session.policy.valid)
+    return attr_out(os.fstat(inode.fd), session.policy.valid, session.attr_flags(inode))
 
 
 def _given_id(number: int) -> int:

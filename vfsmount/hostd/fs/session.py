@@ -17,6 +17,7 @@ from vfsmount.hostd.credentials import Credentials
 from vfsmount.hostd.fs import attributes
 from vfsmount.hostd.fs.handles import FileHandle, HandleTable
 from vfsmount.hostd.fs.inodes import InodeTable
+from vfsmount.hostd.window import ALIGNMENT_SHIFT, DaxWindow
 from vfsmount.wire.fuse import (
     KERNEL_MINOR_VERSION,
     KERNEL_VERSION,
@@ -66,6 +67,7 @@ _ALWAYS: Final = (
     | InitFlag.INIT_EXT
     | InitFlag.CREATE_SUPP_GROUP
 )
+_DAX: Final = InitFlag.MAP_ALIGNMENT | InitFlag.HAS_INODE_DAX
 _READDIRPLUS: Final = InitFlag.DO_READDIRPLUS | InitFlag.READDIRPLUS_AUTO
 
 _AS_WE_ARE: Final[AbstractContextManager[None]] = nullcontext()
@@ -82,6 +84,7 @@ class Agreed(NamedTuple):
 
     create_supp_group: bool
     setxattr_ext: bool
+    inode_dax: bool
     submounts: bool
     writeback_cache: bool
 
@@ -96,6 +99,7 @@ class Session:
         files: Regular files that it has open.
         dirs: Directories that it has open.
         credentials: How to act as its users.
+        window: Its DAX window; None where the share has none.
         agreed: What INIT settled; None before INIT and after DESTROY.
         dirent_buffer: Where getdents64 writes; its contents are copied out at once.
     """
@@ -109,10 +113,13 @@ class Session:
         "inodes",
         "policy",
         "share",
+        "window",
     )
 
     def __init__(self, share: Share) -> None:
         self.share = share
+        size = share.options.dax
+        self.window = DaxWindow(size) if size else None
         self.policy = share.policy
         self.inodes = InodeTable(share.root_fd, share.handles)
         self.files: HandleTable[FileHandle] = HandleTable()
@@ -133,6 +140,8 @@ class Session:
             flags |= InitFlag.DIRECT_IO_ALLOW_MMAP
         if options.writeback and not options.readonly:
             flags |= InitFlag.WRITEBACK_CACHE
+        if self.window is not None and self.window.channel is not None:
+            flags |= _DAX
         return flags
 
     def start(self, offer: InitIn) -> InitOut:
@@ -152,6 +161,7 @@ class Session:
         flags = join_flags(offer.flags, offer.flags2) & self.supported()
         self.agreed = Agreed(
             create_supp_group=InitFlag.CREATE_SUPP_GROUP in flags,
+            inode_dax=InitFlag.HAS_INODE_DAX in flags,
             setxattr_ext=InitFlag.SETXATTR_EXT in flags,
             submounts=InitFlag.SUBMOUNTS in flags,
             writeback_cache=InitFlag.WRITEBACK_CACHE in flags,
@@ -172,7 +182,7 @@ class Session:
             max_write=MAX_WRITE if big else _MAX_WRITE_DEFAULT,
             time_gran=1,
             max_pages=MAX_PAGES if big else 0,
-            map_alignment=0,
+            map_alignment=ALIGNMENT_SHIFT if flags & InitFlag.MAP_ALIGNMENT else 0,
             flags2=second,
             max_stack_depth=0,
             request_timeout=0,
@@ -181,12 +191,22 @@ class Session:
     def reset(self) -> None:
         """Let go of everything (DESTROY, device reset); only INIT is served until the next one."""
         self.agreed = None
+        if self.window is not None:
+            self.window.clear()
         self.files.clear()
         self.dirs.clear()
         self.inodes.clear()
 
+    def reset_device(self) -> None:
+        """The same for a device that was reset, which takes its mappings away without a word."""
+        if self.window is not None:
+            self.window.forget()
+        self.reset()
+
     def close(self) -> None:
         """The guest has gone: close every descriptor."""
+        if self.window is not None:
+            self.window.forget()
         self.files.clear()
         self.dirs.clear()
         self.inodes.close()
@@ -204,15 +224,23 @@ class Session:
 
     def entry(self, parent: Inode, inode: Inode, found: os.stat_result) -> bytes:
         """Return the ``fuse_entry_out`` of a node whose lookup has been counted."""
-        flags = self.submount_flag(parent, inode)
+        flags = self.attr_flags(inode, parent)
         return attributes.entry_out(inode.nodeid, found, self.policy.valid, flags)
 
-    def submount_flag(self, parent: Inode, inode: Inode) -> int:
-        """FUSE_ATTR_SUBMOUNT for the root of another filesystem, if the guest knows the flag."""
-        if inode.device == parent.device or inode.kind != stat.S_IFDIR:
+    def attr_flags(self, inode: Inode, parent: Inode | None = None) -> int:
+        """FUSE_ATTR_* of a node, of those that the guest knows.
+
+        SUBMOUNT for the root of another filesystem, where it is found in its parent; DAX for all
+        regular files, in case that the guest leaves it to us which of them to map.
+        """
+        agreed = self.agreed
+        if agreed is None:
             return 0
-        known = self.agreed is not None and self.agreed.submounts
-        return attributes.ATTR_SUBMOUNT if known else 0
+        if inode.kind == stat.S_IFREG:
+            return attributes.ATTR_DAX if agreed.inode_dax else 0
+        if parent is None or inode.device == parent.device or inode.kind != stat.S_IFDIR:
+            return 0
+        return attributes.ATTR_SUBMOUNT if agreed.submounts else 0
 
     def reopen(self, inode: Inode, flags: int) -> int:
         """Open the node that an O_PATH descriptor names; the caller owns the new descriptor.

@@ -71,6 +71,7 @@ class ShareOptions:
         xattr: Serve extended attributes; else they are ENOSYS.
         tag: Name of the share in the device's config space, 1 to 36 bytes.
         request_queues: Request queues of the device, besides the hiprio queue.
+        dax: Bytes of the DAX window on offer, a multiple of the page size; 0 for none.
     """
 
     cache: CacheMode = CacheMode.AUTO
@@ -79,6 +80,7 @@ class ShareOptions:
     xattr: bool = True
     tag: bytes = b"vfsmount"
     request_queues: int = 1
+    dax: int = 1 << 30
 
 
 class Share:

@@ -1,0 +1,191 @@
+"""The window cut into ranges of one size, and which part of which file each range is for. Pure.
+
+A range is *free*, *reserved* (somebody else's, not ours to look at), *leaving* (its file has gone,
+its mapping is being taken away), or in the table under its key: the node, and which part of the
+file, in ranges. All parts begin at multiples of the range size, so finding one is one look-up.
+
+Ranges in the table are ordered by their last use. When none is free the coldest is given to
+somebody else, unless it is pinned: pinned ranges are in use, or being set up.
+
+Invariants (``check_invariants``): each range of the window is in exactly one of the four states;
+only ranges in the table are pinned; keys are unique.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["RANGE_SIZE", "Range", "RangeTable"]
+
+#: Bytes; what a Linux guest uses. Smaller ranges cost more messages, larger ones more room.
+RANGE_SIZE: Final = 2 << 20
+
+
+class Range:
+    """A range of the window that is for a part of a file.
+
+    Attributes:
+        moffset: Where it begins in the window, bytes.
+        nodeid: The daemon's number of the file.
+        index: Which part of the file: it begins at ``index`` times the range size.
+        ready: Whether it has been set up; else nobody but who sets it up may use it.
+        writable: Whether it was set up for writing.
+        pins: How many need it as it is just now.
+        hits: How often it was used since it was set up.
+    """
+
+    __slots__ = ("hits", "index", "moffset", "nodeid", "pins", "ready", "writable")
+
+    def __init__(self, moffset: int, nodeid: int, index: int) -> None:
+        self.moffset = moffset
+        self.nodeid = nodeid
+        self.index = index
+        self.ready = False
+        self.writable = False
+        self.pins = 0
+        self.hits = 0
+
+    def __repr__(self) -> str:
+        return f"<Range {self.moffset:#x} of node {self.nodeid}[{self.index}]>"
+
+
+class RangeTable:
+    """All ranges of a window.
+
+    Args:
+        size: Bytes of the window; what is left over at its end is not used.
+        range_size: Bytes of one range.
+    """
+
+    def __init__(self, size: int, range_size: int = RANGE_SIZE) -> None:
+        self.range_size = range_size
+        self._count = size // range_size
+        self._free = [at * range_size for at in reversed(range(self._count))]
+        self._table: OrderedDict[tuple[int, int], Range] = OrderedDict()
+        self._of_node: dict[int, set[int]] = {}
+        self._reserved: set[int] = set()
+        self._leaving: set[int] = set()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Range]:
+        """Iterate over the ranges in the table, coldest first."""
+        return iter(tuple(self._table.values()))
+
+    @property
+    def used(self) -> int:
+        """How many are in the table."""
+        return len(self._table)
+
+    def find(self, nodeid: int, index: int) -> Range | None:
+        """Return the range of a part of a file, which counts as a use, or None."""
+        found = self._table.get((nodeid, index))
+        if found is not None:
+            self._table.move_to_end((nodeid, index))
+        return found
+
+    def coldest(self) -> Range | None:
+        """Return who would have to go for a new one: None if one is free, or none may go."""
+        if self._free:
+            return None
+        return next((one for one in self._table.values() if not one.pins), None)
+
+    def claim(self, nodeid: int, index: int) -> Range | None:
+        """Take a free range, or the coldest, for a part of a file that has none.
+
+        Returns:
+            The range, pinned once and not ready; None when all are pinned.
+        """
+        assert (nodeid, index) not in self._table
+        if self._free:
+            moffset = self._free.pop()
+        else:
+            victim = self.coldest()
+            if victim is None:
+                return None
+            self._take_out(victim)
+            moffset = victim.moffset
+        one = Range(moffset, nodeid, index)
+        one.pins = 1
+        self._table[nodeid, index] = one
+        self._of_node.setdefault(nodeid, set()).add(index)
+        return one
+
+    def drop(self, one: Range) -> None:
+        """Free a range: nothing is mapped there, or whatever is may be replaced."""
+        if self._table.get((one.nodeid, one.index)) is one:
+            self._take_out(one)
+            self._free.append(one.moffset)
+
+    def leave(self, nodeid: int) -> list[int]:
+        """Take the ranges of a node out that nobody needs just now.
+
+        Returns:
+            Where they begin. They are free once ``left`` says so.
+        """
+        going = [self._table[nodeid, index] for index in self._of_node.get(nodeid, ())]
+        going = [one for one in going if not one.pins]
+        for one in going:
+            self._take_out(one)
+            self._leaving.add(one.moffset)
+        return [one.moffset for one in going]
+
+    def left(self, moffset: int) -> None:
+        """The mapping of a range that is leaving has been taken away."""
+        self._leaving.remove(moffset)
+        self._free.append(moffset)
+
+    def lose(self, one: Range) -> None:
+        """Never use a range again: whether and when something gets mapped there is unknown."""
+        if self._table.get((one.nodeid, one.index)) is one:
+            self._take_out(one)
+            self._leaving.add(one.moffset)
+
+    def has_node(self, nodeid: int) -> bool:
+        """Whether a node has ranges."""
+        return nodeid in self._of_node
+
+    def reserve(self) -> int | None:
+        """Take a free range out for good, for somebody else; returns where it begins, or None."""
+        if not self._free:
+            return None
+        moffset = self._free.pop()
+        self._reserved.add(moffset)
+        return moffset
+
+    def give_back(self, moffset: int) -> None:
+        """Return a reserved range."""
+        self._reserved.remove(moffset)
+        self._free.append(moffset)
+
+    def clear(self) -> None:
+        """Free all but the reserved ones: nothing is mapped any more."""
+        taken = [one.moffset for one in self._table.values()]
+        self._free += [*taken, *self._leaving]
+        self._table.clear()
+        self._of_node.clear()
+        self._leaving.clear()
+
+    def _take_out(self, one: Range) -> None:
+        del self._table[one.nodeid, one.index]
+        parts = self._of_node[one.nodeid]
+        parts.remove(one.index)
+        if not parts:
+            del self._of_node[one.nodeid]
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError unless the table is as the module says."""
+        places = [one.moffset for one in self._table.values()]
+        everywhere = [*self._free, *places, *self._reserved, *self._leaving]
+        assert sorted(everywhere) == [at * self.range_size for at in range(self._count)]
+        for key, one in self._table.items():
+            assert key == (one.nodeid, one.index)
+            assert one.pins >= 0
+            assert one.ready or one.pins, one
+        keys = {(nodeid, at) for nodeid, parts in self._of_node.items() for at in parts}
+        assert keys == set(self._table)
