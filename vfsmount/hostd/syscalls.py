@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import struct
 import sys
 from typing import Any, Final
 
@@ -19,9 +20,12 @@ __all__ = [
     "STATX_SIZE",
     "UTIME_NOW",
     "UTIME_OMIT",
+    "birth_time",
     "fallocate",
     "getdents64",
+    "mount_id",
     "name_to_handle_at",
+    "open_beneath",
     "open_by_handle_at",
     "renameat2",
     "statx",
@@ -45,6 +49,12 @@ STATX_SIZE: Final = 256
 CAP_DAC_OVERRIDE: Final = 1
 CAP_FSETID: Final = 4
 
+_AT_SYMLINK_NOFOLLOW = 0x100
+_AT_STATX_DONT_SYNC = 0x4000
+_STATX_BTIME, _STX_BTIME = 0x800, struct.Struct("=80xqI")
+_STATX_MNT_ID, _STX_MNT_ID = 0x1000, struct.Struct("=144xQ")
+_RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x02, 0x04, 0x08
+
 _CLONE_FS = 0x200
 _MAX_HANDLE_SZ = 128
 _UNCHANGED = -1
@@ -52,6 +62,7 @@ _CAPABILITY_VERSION_3 = 0x20080522
 
 #: Numbers that differ between machines; the second column is the generic table (arm64, riscv64).
 _X86 = platform.machine() in {"x86_64", "AMD64"}
+_SYS_OPENAT2: Final = 437
 _SYS_SETRESUID, _SYS_SETRESGID, _SYS_SETGROUPS = (117, 119, 116) if _X86 else (147, 149, 159)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -86,8 +97,11 @@ _unshare = _function("unshare", _int)
 _capget = _function("capget", _pointer, _pointer)
 _capset = _function("capset", _pointer, _pointer)
 _syscall3 = _function("syscall", _long, _long, _long, _long, result=_long)
+_openat2 = _function("syscall", _long, _int, _path, _pointer, _ulong, result=_long)
 
 _Timespecs = _int64 * 4
+#: ``struct open_how``, 24 bytes: flags, mode, resolve.
+_OpenHow = ctypes.c_uint64 * 3
 
 
 #: Version and pid; 0 is the calling thread.
@@ -140,8 +154,43 @@ def statx(fd: int, flags: int, mask: int) -> bytes:
     return buffer.raw
 
 
-def name_to_handle_at(fd: int) -> tuple[bytes, int]:
-    """name_to_handle_at(2) of a descriptor, which may be an O_PATH one.
+def _statx_word(fd: int, name: bytes, mask: int, layout: struct.Struct) -> tuple[int, ...]:
+    """Ask statx(2), which follows no link and waits for no server, for one field."""
+    buffer = ctypes.create_string_buffer(STATX_SIZE)
+    flags = AT_EMPTY_PATH | _AT_SYMLINK_NOFOLLOW | _AT_STATX_DONT_SYNC
+    _check(_statx(fd, name, flags, mask, ctypes.addressof(buffer)))
+    return layout.unpack_from(buffer)
+
+
+def mount_id(fd: int, name: bytes = b"") -> int:
+    """Return the id of the mount that a descriptor, or a name in it, lies on; 0 before Linux 5.8.
+
+    Ids are given out again after an unmount.
+    """
+    return _statx_word(fd, name, _STATX_MNT_ID, _STX_MNT_ID)[0]
+
+
+def birth_time(fd: int) -> int:
+    """Return when a file was made, in ns since the epoch; 0 where nobody knows."""
+    seconds, nanoseconds = _statx_word(fd, b"", _STATX_BTIME, _STX_BTIME)
+    return seconds * 1_000_000_000 + nanoseconds
+
+
+def open_beneath(dir_fd: int, path: bytes, flags: int) -> int:
+    """openat2(2) of a path that may neither leave the directory nor go through a link.
+
+    Raises:
+        OSError: ELOOP: a link on the way; EXDEV: it leads out; ENOENT and the like.
+    """
+    resolve = _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS
+    how = _OpenHow(flags, 0, resolve)
+    return int(_check(_openat2(_SYS_OPENAT2, dir_fd, path, ctypes.addressof(how), 24)))
+
+
+def name_to_handle_at(fd: int, name: bytes = b"") -> tuple[bytes, int]:
+    """name_to_handle_at(2) of a descriptor, which may be an O_PATH one, or of a name in it.
+
+    A link is not followed.
 
     Returns:
         ``struct file_handle`` as it stands, 8 to 136 bytes, and the id of the mount.
@@ -153,7 +202,7 @@ def name_to_handle_at(fd: int) -> tuple[bytes, int]:
     handle = ctypes.create_string_buffer(room, 8 + _MAX_HANDLE_SZ)
     mount_id = _int()
     pointers = ctypes.addressof(handle), ctypes.addressof(mount_id)
-    _check(_name_to_handle_at(fd, b"", *pointers, AT_EMPTY_PATH))
+    _check(_name_to_handle_at(fd, name, *pointers, AT_EMPTY_PATH))
     raw = handle.raw
     return raw[: 8 + int.from_bytes(raw[:4], sys.byteorder)], mount_id.value
 

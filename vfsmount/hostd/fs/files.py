@@ -137,14 +137,14 @@ def create(session: Session, request: Request) -> bytes:
 
 def _open_existing(session: Session, parent: Inode, request: Request) -> bytes:
     args = request.args
-    inode, _ = session.inodes.look_up(parent.fd, request.names[0])
+    nodeid, _, place = session.inodes.look_up(parent.fd, request.names[0])
     try:
-        handle = _open_node(session, inode, args.flags, args.open_flags)
+        handle = _open_node(session, session.inodes.get(nodeid), args.flags, args.open_flags)
     except OSError:
-        session.inodes.forget(inode.nodeid, 1)
+        session.inodes.forget(nodeid, 1)
         raise
     found = os.fstat(handle.fd)  # again, for O_TRUNC may have changed the size
-    return session.entry(parent, inode, found) + _open_out(session, handle)
+    return session.entry(parent, nodeid, found, place) + _open_out(session, handle)
 
 
 def tmpfile(session: Session, request: Request) -> bytes:
@@ -167,7 +167,8 @@ def _opened(session: Session, parent: Inode, fd: int, flags: int) -> bytes:
         os.close(fd)
         raise
     handle = FileHandle(fd, inode, flags)
-    return session.entry(parent, inode, found) + _open_out(session, handle)
+    entry = session.entry(parent, inode.nodeid, found, inode.place)
+    return entry + _open_out(session, handle)
 
 
 def _open_out(session: Session, handle: FileHandle) -> bytes:

@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from vfsmount.hostd.fs.inodes import Inode
+    from vfsmount.hostd.fs.inodes import Inode, InodeTable
 
 __all__ = ["FileHandle", "HandleTable"]
 
@@ -44,12 +44,17 @@ class FileHandle:
 
 
 class HandleTable(Generic[H]):
-    """Handles by number. It owns their descriptors, and counts itself on their nodes."""
+    """Handles by number. It owns their descriptors, and keeps their nodes open.
 
-    __slots__ = ("_handles", "_next")
+    Args:
+        inodes: Where the nodes are.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_handles", "_inodes", "_next")
+
+    def __init__(self, inodes: InodeTable) -> None:
         self._handles: dict[int, H] = {}
+        self._inodes = inodes
         self._next = 1
 
     def __len__(self) -> int:
@@ -63,7 +68,7 @@ class HandleTable(Generic[H]):
         fh = self._next
         self._next += 1
         self._handles[fh] = handle
-        handle.inode.opens += 1
+        self._inodes.pin(handle.inode)
         return fh
 
     def get(self, fh: int) -> H:
@@ -86,12 +91,12 @@ class HandleTable(Generic[H]):
         handle = self._handles.pop(fh, None)
         if handle is None:
             raise OSError(errno.EBADF, "no such file handle")
-        handle.inode.opens -= 1
+        self._inodes.unpin(handle.inode)
         os.close(handle.fd)
 
     def clear(self) -> None:
         """Close all."""
         handles, self._handles = self._handles, {}
         for handle in handles.values():
-            handle.inode.opens -= 1
+            self._inodes.unpin(handle.inode)
             os.close(handle.fd)

@@ -177,13 +177,13 @@ def _plus(session: Session, handle: DirHandle, entry: _Name) -> bytes:
     """
     if entry.name not in _DOTS:
         try:
-            inode, found = session.inodes.look_up(handle.fd, entry.name)
+            nodeid, found, place = session.inodes.look_up(handle.fd, entry.name)
         except OSError:
             pass
         else:
-            flags = session.attr_flags(inode, handle.inode)
+            flags = session.attr_flags(found, place, handle.inode)
             valid = session.policy.valid
-            return direntplus(inode.nodeid, found, valid, flags, entry.cookie, entry.name)
+            return direntplus(nodeid, found, valid, flags, entry.cookie, entry.name)
     return direntplus_unknown(_shown_ino(handle, entry), entry.cookie, entry.kind, entry.name)
 
 

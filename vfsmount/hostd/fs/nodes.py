@@ -77,12 +77,10 @@ def getattr_(session: Session, call: Call) -> bytes:
     """GETATTR: by handle where one is given, because its node may be forgotten already."""
     flags, _, fh = _GETATTR_IN.unpack_from(call.message, HEADER_SIZE)
     if flags & _GETATTR_FH and fh in session.files:
-        handle = session.files.get(fh)
-        fd, inode = handle.fd, handle.inode
+        found = os.fstat(session.files.get(fh).fd)
     else:
-        inode = session.inodes.get(call.nodeid)
-        fd = inode.fd
-    return attr_out(os.fstat(fd), session.policy.valid, session.attr_flags(inode))
+        found = os.fstat(session.inodes.get(call.nodeid).fd)
+    return attr_out(found, session.policy.valid, session.attr_flags(found))
 
 
 def statx(session: Session, request: Request) -> bytes:
@@ -117,7 +115,8 @@ def setattr_(session: Session, request: Request) -> bytes:
     if args.valid & _TIMES:
         atime, mtime = _times(args)
         syscalls.utimensat(proc_fd, name, atime, mtime)
-    return attr_out(os.fstat(inode.fd), session.policy.valid, session.attr_flags(inode))
+    found = os.fstat(inode.fd)
+    return attr_out(found, session.policy.valid, session.attr_flags(found))
 
 
 def _given_id(number: int) -> int:

@@ -121,9 +121,9 @@ class Session:
         size = share.options.dax
         self.window = DaxWindow(size) if size else None
         self.policy = share.policy
-        self.inodes = InodeTable(share.root_fd, share.handles)
-        self.files: HandleTable[FileHandle] = HandleTable()
-        self.dirs: HandleTable[DirHandle] = HandleTable()
+        self.inodes = InodeTable(share.root_fd, share.keeper)
+        self.files: HandleTable[FileHandle] = HandleTable(self.inodes)
+        self.dirs: HandleTable[DirHandle] = HandleTable(self.inodes)
         self.credentials = Credentials()
         self.agreed: Agreed | None = None
         self.dirent_buffer = ctypes.create_string_buffer(_DIRENT_BUFFER)
@@ -219,15 +219,15 @@ class Session:
         Raises:
             OSError: From the host: ENOENT, ENOTDIR, EACCES, EMFILE, ...
         """
-        inode, found = self.inodes.look_up(parent.fd, name)
-        return self.entry(parent, inode, found)
+        nodeid, found, place = self.inodes.look_up(parent.fd, name)
+        return self.entry(parent, nodeid, found, place)
 
-    def entry(self, parent: Inode, inode: Inode, found: os.stat_result) -> bytes:
+    def entry(self, parent: Inode, nodeid: int, found: os.stat_result, place: int) -> bytes:
         """Return the ``fuse_entry_out`` of a node whose lookup has been counted."""
-        flags = self.attr_flags(inode, parent)
-        return attributes.entry_out(inode.nodeid, found, self.policy.valid, flags)
+        flags = self.attr_flags(found, place, parent)
+        return attributes.entry_out(nodeid, found, self.policy.valid, flags)
 
-    def attr_flags(self, inode: Inode, parent: Inode | None = None) -> int:
+    def attr_flags(self, found: os.stat_result, place: int = 0, parent: Inode | None = None) -> int:
         """FUSE_ATTR_* of a node, of those that the guest knows.
 
         SUBMOUNT for the root of another filesystem, where it is found in its parent; DAX for all
@@ -236,9 +236,10 @@ class Session:
         agreed = self.agreed
         if agreed is None:
             return 0
-        if inode.kind == stat.S_IFREG:
+        kind = stat.S_IFMT(found.st_mode)
+        if kind == stat.S_IFREG:
             return attributes.ATTR_DAX if agreed.inode_dax else 0
-        if parent is None or inode.device == parent.device or inode.kind != stat.S_IFDIR:
+        if parent is None or place == parent.place or kind != stat.S_IFDIR:
             return 0
         return attributes.ATTR_SUBMOUNT if agreed.submounts else 0
 

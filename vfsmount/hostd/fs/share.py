@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfsmount.errors import UsageError
-from vfsmount.hostd.fs.filehandles import FileHandles
+from vfsmount.hostd.fs.keeping import NodeKeeper
 from vfsmount.wire.fuse_flags import OpenOutFlag
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Share:
         options: How it is shared.
         root_fd: O_PATH descriptor of the directory.
         proc_fd: O_PATH descriptor of ``/proc/self/fd``.
-        handles: How to keep a node without a descriptor, or None where the host cannot.
+        keeper: How to keep a node without a descriptor.
 
     Raises:
         UsageError: The directory cannot be shared, or there is no /proc.
@@ -112,14 +112,12 @@ class Share:
             raise UsageError(
                 f"cannot open /proc/self/fd: {error.strerror}", "mount proc on /proc"
             ) from None
-        self._mount_fd, self.handles = self._probe_handles()
-
-    def _probe_handles(self) -> tuple[int, FileHandles | None]:
         try:
-            mount_fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.root_fd)
+            readable = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+            self._mount_fd = os.open(".", readable, dir_fd=self.root_fd)
         except OSError:  # not readable by us: then there are no handles either
-            return -1, None
-        return mount_fd, FileHandles.probe(mount_fd)
+            self._mount_fd = -1
+        self.keeper = NodeKeeper.probe(self.root_fd, self.proc_fd, self._mount_fd)
 
     @property
     def policy(self) -> CachePolicy:

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _RENAME_FLAGS = int(RenameFlag.NOREPLACE | RenameFlag.EXCHANGE | RenameFlag.WHITEOUT)
+_EXCHANGE = int(RenameFlag.EXCHANGE)
 
 
 def lookup(session: Session, call: Call) -> bytes:
@@ -104,6 +105,7 @@ def rename(session: Session, request: Request) -> bytes:
     old_dir = session.inodes.get(request.header.nodeid)
     new_dir = session.inodes.get(request.args.newdir)
     old, new = map(check_name, request.names)
+    session.inodes.about_to_move(old_dir.fd, old)
     os.rename(old, new, src_dir_fd=old_dir.fd, dst_dir_fd=new_dir.fd)
     return b""
 
@@ -116,5 +118,8 @@ def rename2(session: Session, request: Request) -> bytes:
     old_dir = session.inodes.get(request.header.nodeid)
     new_dir = session.inodes.get(request.args.newdir)
     old, new = map(check_name, request.names)
+    session.inodes.about_to_move(old_dir.fd, old)
+    if flags & _EXCHANGE:
+        session.inodes.about_to_move(new_dir.fd, new)
     syscalls.renameat2(old_dir.fd, old, new_dir.fd, new, flags)
     return b""
