@@ -76,7 +76,7 @@ def test_the_longest_unused_go_first() -> None:
 
 
 def test_a_million_names_and_attributes_fit_into_400_mib() -> None:
-    names, cache = Names(MANY, lambda _: None), Attributes(MANY)
+    names, cache = Names(MANY, lambda *_: None), Attributes(MANY)
     tracemalloc.start()
     try:
         for number in range(MANY):

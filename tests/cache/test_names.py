@@ -31,7 +31,8 @@ class NamesMachine(RuleBasedStateMachine):
         self.listings: dict[int, tuple[list[bytes], float]] = {}
         self.now = 0.0
 
-    def forget(self, nodeid: int) -> None:
+    def forget(self, nodeid: int, gone: bool) -> None:
+        assert gone or self.held[nodeid] > 1
         self.held[nodeid] -= 1
         assert self.held[nodeid] >= 0
 
@@ -104,7 +105,7 @@ TestNames.settings = settings(max_examples=80, stateful_step_count=40, deadline=
 
 def names_of(limit: int = 100) -> tuple[Names, list[int]]:
     forgotten: list[int] = []
-    return Names(limit, forgotten.append), forgotten
+    return Names(limit, lambda nodeid, _: forgotten.append(nodeid)), forgotten
 
 
 def test_a_name_is_believed_until_its_time() -> None:

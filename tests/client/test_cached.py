@@ -360,6 +360,16 @@ async def test_an_answer_that_a_change_overtook_is_not_believed(
             assert await files.read(nodeid, 7) == b"CONtent"
 
 
+async def test_contents_of_an_unchanged_file_outlive_its_name(host: Path) -> None:
+    (host / "x").write_bytes(b"content")
+    async with viewing(host, "auto") as view:
+        for _ in range(3):
+            assert await view.files.read("x") == b"content"
+            view.clock.now += LONG
+        assert view.messages()["LOOKUP"] == 3
+        assert view.messages()["READ"] == 1
+
+
 # --- what is given back --------------------------------------------------------------------------
 
 

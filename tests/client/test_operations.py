@@ -304,6 +304,57 @@ async def test_a_listed_name_without_node_is_looked_up(monkeypatch: pytest.Monke
     assert [name for name, _ in listing.taken][2:] == [b"file0", b"file1", b"file3", b"file4"]
 
 
+async def read_whole(ops: VirtioFsOperations, listing: Listing) -> list[bytes]:
+    """Read a directory to its end, and return the names."""
+    fh, start = await ops.opendir(inode(1), ROOT), 0
+    listing.taken.clear()
+    while True:
+        before = len(listing.taken)
+        await listing.call(ops, fh, start)
+        if len(listing.taken) == before:
+            break
+        start = listing.taken[-1][1]
+    await ops.releasedir(fh)
+    return [name for name, _ in listing.taken]
+
+
+async def test_a_kept_listing_holds_its_nodes_and_gives_them_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = FakeSession()
+    ops = operations(session, "always")
+    listing = Listing(session, 3, monkeypatch)
+    names = await read_whole(ops, listing)
+    assert await read_whole(ops, listing) == names
+    assert session.names().count("readdirplus") == 2  # the second finds the end
+    for node in list(ops.nodes.nodes()):
+        await ops.forget([(inode(node.inode), 2)])  # of both listings
+    assert not session.arguments("forget")
+    assert await read_whole(ops, listing) == names
+    await ops.unlink(inode(1), b"file1", ROOT)  # the first that did not fit at once
+    await ops.forget([(inode(node.inode), 1) for node in list(ops.nodes.nodes())])
+    assert session.arguments("forget") == [(103, 1)]
+    ops.nodes.check_invariants()
+
+
+async def test_with_its_directory_a_kept_listing_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may come back as another directory's."""
+    session = FakeSession()
+    ops = operations(session, "always")
+    listing = Listing(session, 9, monkeypatch)
+    session.answers["lookup"] = entry(50, attributes(500, stat.S_IFDIR | 0o755))
+    folder = await ops.lookup(inode(1), b"folder", ROOT)
+    for _ in range(2):
+        fh = await ops.opendir(folder.st_ino, ROOT)
+        await listing.call(ops, fh, 0)
+        await listing.call(ops, fh, 7)
+        await ops.releasedir(fh)
+    held = [(inode(node.inode), 2) for node in ops.nodes.nodes() if node.nodeid > 100]
+    await ops.forget([*held, (folder.st_ino, 1)])
+    assert sorted(session.arguments("forget")) == [(50, 1), *((102 + at, 1) for at in range(5))]
+    assert len(ops.nodes) == 1
+
+
 @pytest.mark.parametrize(("major", "minor"), [(0, 0), (1, 3), (8, 1), (259, 300), (4095, 0xFFFFF)])
 def test_device_numbers_survive(major: int, minor: int) -> None:
     device = os.makedev(major, minor)

@@ -172,9 +172,6 @@ PROOFS = [
 # fmt: on
 
 
-#: Rows that do not hold yet, each with the reason; strict: one that holds must leave.
-AWAITED = {("pyfuse3", "always", "list-1000"): "no listings are kept"}
-
 SITES = [
     pytest.param(
         site,
@@ -203,9 +200,7 @@ def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
 
 
 @pytest.mark.parametrize("proof", PROOFS, ids=lambda proof: proof.name)
-def test_messages(shared: Shared, proof: Proof, request: pytest.FixtureRequest) -> None:
-    if reason := AWAITED.get((shared.engine, shared.cache, proof.name)):
-        request.applymarker(pytest.mark.xfail(reason=reason))
+def test_messages(shared: Shared, proof: Proof) -> None:
     shared.check_alive()
     (mount,) = shared.mounts
     host, path = shared.folder()

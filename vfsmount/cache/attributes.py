@@ -45,6 +45,11 @@ class Attributes:
         self._known[nodeid] = raw
         return ATTR.unpack(raw, _UNTIL.size)
 
+    def left(self, nodeid: int, now: float) -> float:
+        """Return for how many seconds they are still believed."""
+        raw = self._known.get(nodeid)
+        return 0.0 if raw is None else max(0.0, _UNTIL.unpack_from(raw)[0] - now)
+
     def put(self, nodeid: int, attr: Attr, until: float) -> None:
         """Believe attributes until then, clock seconds."""
         self._known.pop(nodeid, None)

@@ -49,12 +49,13 @@ class Names:
     Args:
         limit: Most names, absent and listed ones included. A little more than what is too much is
             given up at once, because looking for the oldest costs.
-        forget: Is told each node of which one reference is given back.
+        forget: Is told each node of which one reference is given back, and whether the name leads
+            there no more; the node may have no other.
     """
 
     __slots__ = ("_count", "_folders", "_forget", "_limit")
 
-    def __init__(self, limit: int, forget: Callable[[int], None]) -> None:
+    def __init__(self, limit: int, forget: Callable[[int, bool], None]) -> None:
         self._limit = limit
         self._forget = forget
         self._folders: dict[int, _Folder] = {}
@@ -154,8 +155,13 @@ class Names:
 
     def _left(self, nodeid: int, *, gone: bool) -> None:
         """Give one reference back; when the name is ``gone``, so is what was below it."""
-        below = [nodeid] if gone else []
-        self._forget(nodeid)
+        self._forget(nodeid, gone)
+        if gone:
+            self.gone(nodeid)
+
+    def gone(self, nodeid: int) -> None:
+        """A node is no longer what it was: forget all that is known below it."""
+        below = [nodeid]
         while below:
             folder = self._folders.pop(below.pop(), None)
             if folder is None:
@@ -165,7 +171,7 @@ class Names:
             self._count -= len(names)
             for child, _ in names.values():
                 if child:
-                    self._forget(child)
+                    self._forget(child, True)
                     below.append(child)
 
     def _keep_within(self) -> None:
@@ -191,7 +197,7 @@ class Names:
         for folder in folders.values():
             for nodeid, _ in folder.names.values():
                 if nodeid:
-                    self._forget(nodeid)
+                    self._forget(nodeid, True)
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless all is counted and within bounds."""

@@ -207,8 +207,10 @@ class CachedSession:
             if count:
                 self._forget(nodeid, count)
 
-    def _give_back(self, nodeid: int) -> None:
-        if nodeid in self._pins:
+    def _give_back(self, nodeid: int, gone: bool = True) -> None:
+        if not gone:
+            self._session.forget(nodeid)
+        elif nodeid in self._pins:
             self._given_back[nodeid] += 1
         else:
             self._forget(nodeid, 1)

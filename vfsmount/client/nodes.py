@@ -8,8 +8,9 @@ above 2^63.
 
 Invariants (``check_invariants``):
     * nodeid to inode is one to one;
-    * ``upper`` is what the kernel owes us, ``lower`` what we owe the daemon; both are positive for
-      every node but the root, which is never looked up and never forgotten;
+    * ``upper`` is what the kernel owes us, and whoever else holds the node, ``lower`` what we owe
+      the daemon; both are positive for every node but the root, which is never looked up and never
+      forgotten;
     * a node leaves the table when ``upper`` reaches 0, and then all of ``lower`` is given back.
 
 A nodeid must not be used once its last FORGET is queued: virtiofsd (C) reuses it at once.
@@ -110,6 +111,21 @@ class NodeTable:
             node.upper += 1
             node.lower += 1
         return node
+
+    def __contains__(self, nodeid: int) -> bool:
+        """Whether the kernel, or who holds it, knows a node of the daemon."""
+        return nodeid in self._by_nodeid
+
+    def hold(self, nodeid: int) -> Node:
+        """Count one more who must forget a node that is known; the daemon is not told."""
+        node = self._by_nodeid[nodeid]
+        if node is not self.root:
+            node.upper += 1
+        return node
+
+    def release(self, nodeid: int) -> list[tuple[int, int]]:
+        """Take one ``hold`` back; returns what ``forget`` does."""
+        return self.forget([(self._by_nodeid[nodeid].inode, 1)])
 
     def leave(self, nodeid: int) -> None:
         """Take one ``enter`` back; the reference at the daemon stays with whoever had it."""

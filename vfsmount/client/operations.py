@@ -29,6 +29,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 
 from vfsmount.cache.freshness import NOTHING_KNOWN, Freshness, signature_of
+from vfsmount.client.listings import KeptListings, dot_line, read_dot_line
 from vfsmount.client.nodes import NodeTable
 from vfsmount.client.session import setattr_in
 from vfsmount.client.write_behind import WriteBehind
@@ -88,10 +89,12 @@ _KEEP_CACHE = OpenOutFlag.KEEP_CACHE
 _SET_ID = stat.S_ISUID | stat.S_ISGID
 
 
-#: Handlers after which attributes that were asked for before are old.
-_CHANGES = frozenset(
-    ("setattr", "write", "flush", "fsync", "link", "unlink", "rename", "setxattr", "removexattr")
-)
+#: Handlers after which what was asked for before is old, by what their arguments begin with: a
+#: node, a handle, or a directory and a name in it.
+_NODE_CHANGES = frozenset(("setattr", "setxattr", "removexattr", "link"))
+_FILE_CHANGES = frozenset(("write", "flush", "fsync"))
+_NAME_CHANGES = frozenset(("create", "mkdir", "mknod", "rename", "rmdir", "symlink", "unlink"))
+_CHANGES = _NODE_CHANGES | _FILE_CHANGES | _NAME_CHANGES
 
 
 def _handler(
@@ -119,6 +122,8 @@ def _handler(
             # parked meanwhile, so that answer must not be used later.
             if changes:
                 self._changes += 1
+                if self._listings is not None:
+                    self._changed(self._listings, method.__name__, args)
 
     return handler
 
@@ -148,9 +153,15 @@ class _Directory:
     """An open directory, and the entries fetched but not yet taken by the kernel.
 
     Each of ``ahead`` holds a reference to its node at the daemon until it is handed on or dropped.
+
+    Attributes:
+        kept: The listing that is read from, if it is a kept one.
+        lines: What was handed on since the beginning, if it is to be kept; else None.
+        since: When it was begun, clock seconds, and the version then.
+        asked: The same of what is ``ahead``.
     """
 
-    __slots__ = ("ahead", "fh", "flags", "node", "position")
+    __slots__ = ("ahead", "asked", "fh", "flags", "kept", "lines", "node", "position", "since")
 
     def __init__(self, node: Node, fh: int, flags: int) -> None:
         self.node = node
@@ -158,6 +169,9 @@ class _Directory:
         self.flags = flags
         self.ahead: deque[fuse.DirEntryPlus] = deque()
         self.position = 0
+        self.kept: Sequence[bytes] | None = None
+        self.lines: list[bytes] | None = None
+        self.since = self.asked = (0.0, 0)
 
 
 class VirtioFsOperations(pyfuse3.Operations):
@@ -182,6 +196,9 @@ class VirtioFsOperations(pyfuse3.Operations):
         self._session = session
         self._policy = policy
         self._fresh = Freshness()
+        self._listings = (
+            KeptListings(policy, self.nodes, self._release_node) if policy.dir_timeout else None
+        )
         #: Counts what may have changed attributes; what was parked before a change is not used.
         self._changes = 0
         self._files: dict[int, _File] = {}
@@ -215,9 +232,35 @@ class VirtioFsOperations(pyfuse3.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         """Give back what the kernel forgot; raises nothing, waits for nothing."""
-        for nodeid, nlookup in self.nodes.forget(inode_list):
+        self._give_back(self.nodes.forget(inode_list))
+
+    def _give_back(self, owed: list[tuple[int, int]]) -> None:
+        for nodeid, nlookup in owed:
             self._fresh.forget(nodeid)
+            if self._listings is not None:
+                self._listings.gone(nodeid)
             self._session.forget(nodeid, nlookup)
+
+    def _release_node(self, nodeid: int) -> None:
+        self._give_back(self.nodes.release(nodeid))
+
+    def _changed(self, listings: KeptListings, method: str, args: tuple[Any, ...]) -> None:
+        """A handler that changes something is through, well or not."""
+        node = self.nodes
+        if method in _FILE_CHANGES:
+            listings.changed(self._files[args[0]].node.nodeid)
+        elif method in _NODE_CHANGES:
+            listings.changed(node[args[0]].nodeid)
+        else:
+            listings.changed_name(node[args[0]].nodeid, args[1])
+        if method == "link":
+            listings.changed_name(node[args[1]].nodeid, args[2])
+        elif method == "rename":
+            listings.changed_name(node[args[2]].nodeid, args[3])
+
+    def _version(self) -> int:
+        """What was asked at another version may be old."""
+        return self._changes + (self.behind.written if self.behind is not None else 0)
 
     @_handler
     async def mknod(
@@ -410,6 +453,9 @@ class VirtioFsOperations(pyfuse3.Operations):
         keep = self._policy.keep_cache
         if flags & os.O_TRUNC:
             self._fresh.forget(node.nodeid)
+            self._changes += 1
+            if self._listings is not None:
+                self._listings.changed(node.nodeid)
         elif self._policy.revalidate:
             keep = await self._may_keep(node, reply.fh, flags, ctx)
         return self._file_info(_File(node, reply.fh, flags, kills), reply.open_flags, keep)
@@ -472,6 +518,8 @@ class VirtioFsOperations(pyfuse3.Operations):
     ) -> bytes | memoryview:
         """Read; the reply is a view of shared memory, which pyfuse3 hands to the kernel at once."""
         file = self._files[fh]
+        if self._listings is not None:
+            self._listings.changed(file.node.nodeid)  # the time of the last access
         if self.behind is not None:
             await self.behind.flush(file.node.nodeid)
         if size <= self._session.facts.max_read:
@@ -585,15 +633,26 @@ class VirtioFsOperations(pyfuse3.Operations):
         We fetch more than the kernel takes at once and keep the rest for its next call.
         """
         directory = self._directories[fh]
+        if self._listings is not None and start_id == 0:
+            directory.kept = self._listings.find(directory.node.nodeid)
+            directory.lines, directory.since = [], (time.monotonic(), self._version())
+        if directory.kept is not None:
+            await self._hand_on_kept(directory.kept, directory.node, start_id, token)
+            return
         if start_id != directory.position:
             self._drop_ahead(directory)
             directory.position = start_id
+            if start_id:
+                directory.lines = None
         if not directory.ahead:
+            directory.asked = time.monotonic(), self._version()
             directory.ahead.extend(
                 await self._session.readdirplus(
                     directory.node.nodeid, directory.fh, start_id, LISTING_SIZE
                 )
             )
+            if not directory.ahead:
+                self._keep_listing(directory)
         while directory.ahead:
             found = directory.ahead[0]
             if not found.entry.nodeid and found.name not in _DOTS:
@@ -606,6 +665,68 @@ class VirtioFsOperations(pyfuse3.Operations):
                 return
             directory.ahead.popleft()
             directory.position = found.off
+            if directory.lines is not None:
+                self._keep_line(directory, directory.lines, found)
+
+    def _keep_line(
+        self, directory: _Directory, lines: list[bytes], found: fuse.DirEntryPlus
+    ) -> None:
+        """Note what was handed on, and keep what is known of it."""
+        if found.name in _DOTS:
+            lines.append(dot_line(found.name, found.ino or fuse.ROOT_ID))
+            return
+        lines.append(found.name)
+        sent, version = directory.asked
+        if version == self._version():
+            self._keep_name(directory.node, found.name, found.entry, sent)
+
+    def _keep_name(self, parent: Node, name: bytes, entry: fuse.EntryOut, sent: float) -> None:
+        dirty = self.behind is not None and self.behind.settles(entry.nodeid)
+        if self._listings is not None and not dirty:
+            self._listings.keep_name(parent.nodeid, name, entry.nodeid, entry.attr, sent)
+
+    def _keep_listing(self, directory: _Directory) -> None:
+        """All was handed on; keep it if nothing was changed meanwhile."""
+        lines, directory.lines = directory.lines, None
+        sent, version = directory.since
+        if self._listings is not None and lines is not None and version == self._version():
+            self._listings.keep(directory.node.nodeid, lines, sent)
+
+    async def _hand_on_kept(
+        self, kept: Sequence[bytes], parent: Node, start: int, token: ReaddirToken
+    ) -> None:
+        """Hand on lines of a kept listing; their cookies are positions in it."""
+        for position in range(start, len(kept)):
+            line, cookie = kept[position], position + 1
+            if (dot := read_dot_line(line)) is not None:
+                fits = self._hand_on_dot(token, *dot, cookie)
+            else:
+                fits = await self._hand_on_name(token, parent, line, cookie)
+            if not fits:
+                return
+
+    async def _hand_on_name(
+        self, token: ReaddirToken, parent: Node, name: bytes, cookie: int
+    ) -> bool:
+        """Offer a kept name to the kernel, looked up where its node is not known any more."""
+        assert self._listings is not None
+        known = self._listings.known(parent.nodeid, name)
+        if known is not None:
+            attributes = self._attributes(self.nodes.hold(known.nodeid), known.attr)
+            attributes.attr_timeout -= known.age
+            attributes.entry_timeout -= known.age
+        else:
+            asked = time.monotonic(), self._version()
+            entry = await self._find(parent, name)
+            if entry is None:
+                return True
+            attributes = self._enter(entry)
+            if asked[1] == self._version():
+                self._keep_name(parent, name, entry, asked[0])
+        if pyfuse3.readdir_reply(token, name, attributes, cookie):
+            return True
+        self._give_back(self.nodes.forget([(attributes.st_ino, 1)]))
+        return False
 
     async def _find(self, parent: Node, name: bytes) -> fuse.EntryOut | None:
         """Look up a listed name that came without its node; None when it has gone meanwhile."""
@@ -619,16 +740,19 @@ class VirtioFsOperations(pyfuse3.Operations):
         """Offer one entry to the kernel, which counts as a lookup if there is room for it."""
         name, nodeid = found.name, found.entry.nodeid
         if name in _DOTS:
-            # The kernel takes neither node nor attributes of these, just number and type.
-            dot = EntryAttributes()
-            dot.st_ino, dot.st_mode = pyfuse3.InodeT(found.ino or fuse.ROOT_ID), stat.S_IFDIR
-            return pyfuse3.readdir_reply(token, name, dot, found.off)
+            return self._hand_on_dot(token, name, found.ino or fuse.ROOT_ID, found.off)
         attributes = self._enter(found.entry)
         if pyfuse3.readdir_reply(token, name, attributes, found.off):
             return True
         # It stays in ``ahead`` with its reference: take back only the count towards the kernel.
         self.nodes.leave(nodeid)
         return False
+
+    def _hand_on_dot(self, token: ReaddirToken, name: bytes, inode: int, cookie: int) -> bool:
+        # The kernel takes neither node nor attributes of these, just number and type.
+        dot = EntryAttributes()
+        dot.st_ino, dot.st_mode = pyfuse3.InodeT(inode), stat.S_IFDIR
+        return pyfuse3.readdir_reply(token, name, dot, cookie)
 
     def _drop_ahead(self, directory: _Directory) -> None:
         for found in directory.ahead:

@@ -67,6 +67,9 @@ class WriteBehind:
     Args:
         session: Where they are written.
         limit: Bytes that may be dirty in all.
+
+    Attributes:
+        written: How often something was written out; attributes that were asked for before are old.
     """
 
     def __init__(self, session: Session, limit: int = 16 << 20) -> None:
@@ -74,6 +77,7 @@ class WriteBehind:
         self._files = DirtyFiles(limit)
         self._targets: dict[int, _Target] = {}
         self._woken = trio.Event()
+        self.written = 0
 
     def end_of(self, nodeid: int) -> int:
         """Return the least size of a file by what is dirty of it; 0 when nothing is."""
@@ -124,6 +128,7 @@ class WriteBehind:
         except VfsmountError:
             pass  # the channel has told of it
         finally:
+            self.written += 1
             if written < len(pieces):
                 target.write_flags |= write_flags
                 target.dirty.failed(pieces[written:], number, trio.current_time())
