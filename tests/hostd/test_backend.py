@@ -39,7 +39,7 @@ class Front:
     def __init__(self) -> None:
         self.resets = 0
         self.backend = Backend(Config(b"tag", 1), self._reset)
-        self.memfd = os.memfd_create("guest")
+        self.memfd = os.memfd_create("guest", os.MFD_ALLOW_SEALING)
         os.ftruncate(self.memfd, SIZE)
         self.sent: list[int] = []
 

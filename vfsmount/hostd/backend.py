@@ -221,6 +221,7 @@ class Backend:
         config: Its config space.
         on_reset: Called when the driver's state is to be forgotten.
         window: The DAX window to offer, which is told how to ask the front-end; None for none.
+        alone: See ``GuestMemory``.
 
     Attributes:
         features: Virtio features acknowledged.
@@ -231,11 +232,16 @@ class Backend:
     """
 
     def __init__(
-        self, config: Config, on_reset: Callable[[], None], window: DaxWindow | None = None
+        self,
+        config: Config,
+        on_reset: Callable[[], None],
+        window: DaxWindow | None = None,
+        *,
+        alone: bool = False,
     ) -> None:
         self.features = 0
         self.protocol_features = 0
-        self.memory = GuestMemory()
+        self.memory = GuestMemory(alone=alone)
         self.queues = [Queue(index) for index in range(1 + config.num_request_queues)]
         self.running: list[Queue] = []
         self._config = encode_config(config)

@@ -72,9 +72,18 @@ class Connection:
         share: What the guest sees.
         name: For the log.
         poll_ns: Longest time to look at the rings before sleeping.
+        alone: The guest is the only one that this process will have.
     """
 
-    def __init__(self, sock: socket.socket, share: Share, *, name: str, poll_ns: int) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        share: Share,
+        *,
+        name: str,
+        poll_ns: int,
+        alone: bool = False,
+    ) -> None:
         sock.settimeout(_MESSAGE_TIMEOUT)
         self.name = name
         self._sock = sock
@@ -82,7 +91,8 @@ class Connection:
         self._fuse = FuseServer(self._session)
         options = share.options
         config = Config(options.tag, options.request_queues)
-        self._backend = Backend(config, self._session.reset_device, self._session.window)
+        backend = Backend(config, self._session.reset_device, self._session.window, alone=alone)
+        self._backend = backend
         self._window = PollWindow(poll_ns)
         self._rings: list[tuple[Queue, DeviceRing]] = []
         self._kicks: dict[int, Queue] = {}

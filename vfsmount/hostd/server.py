@@ -113,7 +113,7 @@ class Server:
         sock: A listening socket; owned from here on.
         path: Its file, if it is ours to remove at the end.
         poll_us: Longest time in microseconds to look at a guest's rings before sleeping.
-        once: End when the first guest has left.
+        once: Take one guest only, and end when it has left.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Server:
             logger.warning("cannot accept a guest: %s", error)
             select.poll().poll(_STARVED_MS)
             return
-        if len(self._guests) >= _MAX_GUESTS:
+        if len(self._guests) >= (1 if self._once else _MAX_GUESTS):
             logger.warning("turned a guest away: there are %d", len(self._guests))
             sock.close()
             return
@@ -202,7 +202,9 @@ class Server:
         self._count += 1
         name = f"guest {self._count}"
         try:
-            guest = Connection(sock, self._share, name=name, poll_ns=self._poll_us * 1000)
+            guest = Connection(
+                sock, self._share, name=name, poll_ns=self._poll_us * 1000, alone=self._once
+            )
         except OSError as error:  # no descriptor left for its root
             logger.warning("cannot serve %s: %s", name, error)
             sock.close()
