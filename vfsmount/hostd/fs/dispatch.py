@@ -51,6 +51,10 @@ _REPLY: Final = struct.Struct("<IiQ")
 _HEAD_LIMIT: Final = 4096
 _MESSAGE_LIMIT: Final = (1 << 20) + _HEAD_LIMIT
 
+#: Largest reply of a listing, which is put together in our memory. Fewer names than there is room
+#: for are in order, and buffers that overlap make room without end.
+_LISTING_LIMIT: Final = 1 << 20
+
 #: Errors that the protocol can carry are 1 to 511.
 _ERRNO_LIMIT: Final = 512
 
@@ -246,7 +250,7 @@ class FuseServer:
         setxattr_ext = agreed is None or agreed.setxattr_ext
         request = decode_request(call.message, setxattr_ext=setxattr_ext)
         if opcode in _LISTINGS:
-            size = min(request.args.size, call.room - REPLY_SIZE)
+            size = min(request.args.size, call.room - REPLY_SIZE, _LISTING_LIMIT)
             request = request._replace(args=request.args._replace(size=size))
         return handler(self.session, request)
 

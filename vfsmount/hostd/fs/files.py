@@ -16,7 +16,7 @@ from vfsmount.hostd import syscalls
 from vfsmount.hostd.fs.call import HEADER_SIZE, REPLY_SIZE, window
 from vfsmount.hostd.fs.handles import FileHandle
 from vfsmount.hostd.fs.names import check_name
-from vfsmount.hostd.fs.session import MAX_WRITE
+from vfsmount.hostd.fs.session import MAX_PAGES, MAX_WRITE
 from vfsmount.wire.fuse import (
     COPY_FILE_RANGE_OUT,
     LSEEK_OUT,
@@ -69,6 +69,9 @@ _FDATASYNC = int(FsyncFlag.FDATASYNC)
 #: own descriptor; O_DIRECT would demand an alignment that guest memory does not have.
 _OPEN_FLAGS: Final = os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
 
+#: MAX_PAGES of 64 KiB, the largest pages that guests have. Buffers may overlap, so the memory that
+#: a guest has is no limit, and a read of gigabytes keeps its thread for seconds.
+_MAX_READ: Final = MAX_PAGES * 65536
 #: Buffers of one preadv(2) or pwritev(2).
 _IOV_MAX: Final = 1024
 #: Most bytes that one system call moves (MAX_RW_COUNT), which also fits COPY_FILE_RANGE's reply.
@@ -185,6 +188,8 @@ def read(session: Session, call: Call) -> int:
     """READ: from the file into the guest's buffers. Fewer bytes than asked mean the end."""
     fh, offset, size = _READ_IN.unpack_from(call.message, HEADER_SIZE)
     fd = session.files.get(fh).fd
+    if size > _MAX_READ:
+        raise OSError(errno.EINVAL, "read of more than any guest's pages")
     views = window(call.writable, REPLY_SIZE, min(size, call.room - REPLY_SIZE))
     if len(views) <= _IOV_MAX:
         return os.preadv(fd, views, offset)
