@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from vfsmount.wire.fuse import Request
 
 UNSERVED = {
-    "GETLK",
-    "SETLK",
-    "SETLKW",
     "BMAP",
     "IOCTL",
     "POLL",

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.errors import WireError
 from vfsmount.hostd.faults import GuestFault
-from vfsmount.hostd.fs import files, listing, mappings, nodes, tree, xattrs
-from vfsmount.hostd.fs.call import HEADER_SIZE, REPLY_SIZE, Call, window
+from vfsmount.hostd.fs import files, listing, locks, mappings, nodes, tree, xattrs
+from vfsmount.hostd.fs.call import HEADER_SIZE, REPLY_SIZE, Call, Deferred, window
 from vfsmount.wire.fuse import (
     INIT_OUT,
     OPERATIONS,
@@ -77,7 +77,7 @@ def destroy(session: Session, _request: Request) -> bytes:
 
 
 def _ignore(_session: Session, _request: Request) -> None:
-    """INTERRUPT and NOTIFY_REPLY: nothing here waits long enough, or asks."""
+    """NOTIFY_REPLY: nobody here asks."""
 
 
 def _refuse_change(_session: Session, _call: Call) -> bytes:
@@ -94,11 +94,11 @@ _FAST: Final[Mapping[int, FastHandler]] = {
     Opcode.RELEASE: files.release,
 }
 
-#: What is not here is ENOSYS: locks, ioctl, poll, bmap, and opcodes to come.
+#: What is not here is ENOSYS: ioctl, poll, bmap, and opcodes to come.
 _PLAIN: Final[Mapping[int, Handler]] = {
     Opcode.INIT: init,
     Opcode.DESTROY: destroy,
-    Opcode.INTERRUPT: _ignore,
+    Opcode.INTERRUPT: locks.interrupt,
     Opcode.NOTIFY_REPLY: _ignore,
     Opcode.BATCH_FORGET: nodes.batch_forget,
     Opcode.SETATTR: nodes.setattr_,
@@ -210,6 +210,7 @@ class FuseServer:
 
         Raises:
             GuestFault: No whole header to read, or no room to answer one that wants an answer.
+            Deferred: The reply comes later, by ``answer_late``.
         """
         head = _copy(readable, _HEAD_LIMIT)
         if len(head) < HEADER_SIZE:
@@ -224,6 +225,8 @@ class FuseServer:
             self._check(length, opcode, readable)
             message = _message(head, length, opcode, readable)
             result = self._handle(opcode, Call(nodeid, message, length, readable, writable, room))
+        except Deferred:
+            raise
         except Exception as error:  # a request's fate ends here, whatever goes wrong with it
             number = self._errno_of(error, opcode)
             return _put_error(writable, unique, number) if wanted else 0
@@ -232,6 +235,16 @@ class FuseServer:
         if result is None or room < REPLY_SIZE:
             return 0
         return _put(writable, room, unique, result)
+
+    def answer_late(self, writable: list[memoryview], unique: int, number: int) -> int:
+        """Answer a request that was put aside, with an errno or 0; returns bytes of the reply.
+
+        Raises:
+            GuestFault: The room for the reply has gone.
+        """
+        if _total(writable) < REPLY_SIZE:
+            raise GuestFault("the room for a reply has gone")
+        return _put_error(writable, unique, number)
 
     def _check(self, length: int, opcode: int, readable: list[memoryview]) -> None:
         if not HEADER_SIZE <= length <= _total(readable):

@@ -180,7 +180,12 @@ def _open_out(session: Session, handle: FileHandle) -> bytes:
 
 def release(session: Session, call: Call) -> bytes:
     """RELEASE: the last close."""
-    session.files.release(_RELEASE_IN.unpack_from(call.message, HEADER_SIZE)[0])
+    handle = session.files.release(_RELEASE_IN.unpack_from(call.message, HEADER_SIZE)[0])
+    locks = session.locks
+    if locks:
+        locks.handle_closed(handle.inode)
+    if locks.board.waiting:  # for a flock lock of this handle, perhaps
+        locks.board.notify()
     return b""
 
 
@@ -226,8 +231,14 @@ def _piecewise(
 
 
 def flush(session: Session, request: Request) -> bytes:
-    """FLUSH: one close of several. Closing a duplicate lets a network filesystem report errors."""
-    os.close(os.dup(session.files.get(request.args.fh).fd))
+    """FLUSH: one close of several, with which the lock owner gives up the file's POSIX locks.
+
+    Closing a duplicate lets a network filesystem report errors.
+    """
+    handle = session.files.get(request.args.fh)
+    if session.locks:
+        session.locks.give_up(handle.inode, request.args.lock_owner)
+    os.close(os.dup(handle.fd))
     return b""
 
 

@@ -17,6 +17,7 @@ from vfsmount.hostd.credentials import Credentials
 from vfsmount.hostd.fs import attributes
 from vfsmount.hostd.fs.handles import FileHandle, HandleTable
 from vfsmount.hostd.fs.inodes import InodeTable
+from vfsmount.hostd.fs.locks import GuestLocks
 from vfsmount.hostd.window import ALIGNMENT_SHIFT, DaxWindow
 from vfsmount.wire.fuse import (
     KERNEL_MINOR_VERSION,
@@ -51,10 +52,12 @@ MAX_WRITE: Final = MAX_PAGES * _PAGE
 _MAX_WRITE_DEFAULT: Final = 32 * _PAGE
 _MAX_BACKGROUND: Final = 0xFFFF
 
-#: Offered to every guest that asks. Locks, ioctls and ACLs are not served yet, so their flags are
-#: absent, and the guest's kernel deals with them itself.
+#: Offered to every guest that asks. Ioctls and ACLs are not served yet, so their flags are absent,
+#: and the guest's kernel deals with them itself.
 _ALWAYS: Final = (
     InitFlag.ASYNC_READ
+    | InitFlag.POSIX_LOCKS
+    | InitFlag.FLOCK_LOCKS
     | InitFlag.ATOMIC_O_TRUNC
     | InitFlag.BIG_WRITES
     | InitFlag.AUTO_INVAL_DATA
@@ -98,6 +101,7 @@ class Session:
         inodes: Nodes that it knows.
         files: Regular files that it has open.
         dirs: Directories that it has open.
+        locks: Locks that it has or waits for.
         credentials: How to act as its users.
         window: Its DAX window; None where the share has none.
         agreed: What INIT settled; None before INIT and after DESTROY.
@@ -111,6 +115,7 @@ class Session:
         "dirs",
         "files",
         "inodes",
+        "locks",
         "policy",
         "share",
         "window",
@@ -124,6 +129,7 @@ class Session:
         self.inodes = InodeTable(share.root_fd, share.keeper)
         self.files: HandleTable[FileHandle] = HandleTable(self.inodes)
         self.dirs: HandleTable[DirHandle] = HandleTable(self.inodes)
+        self.locks = GuestLocks(share, self.files)
         self.credentials = Credentials()
         self.agreed: Agreed | None = None
         self.dirent_buffer = ctypes.create_string_buffer(_DIRENT_BUFFER)
@@ -195,6 +201,7 @@ class Session:
             self.window.clear()
         self.files.clear()
         self.dirs.clear()
+        self.locks.clear()
         self.inodes.clear()
 
     def reset_device(self) -> None:
@@ -209,6 +216,7 @@ class Session:
             self.window.forget()
         self.files.clear()
         self.dirs.clear()
+        self.locks.close()
         self.inodes.close()
 
     # --- what operations share -------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfsmount.errors import UsageError
 from vfsmount.hostd.fs.keeping import NodeKeeper
+from vfsmount.hostd.fs.locks import LockBoard
 from vfsmount.wire.fuse_flags import OpenOutFlag
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Share:
         root_fd: O_PATH descriptor of the directory.
         proc_fd: O_PATH descriptor of ``/proc/self/fd``.
         keeper: How to keep a node without a descriptor.
+        locks: Who waits for locks.
 
     Raises:
         UsageError: The directory cannot be shared, or there is no /proc.
@@ -98,6 +100,7 @@ class Share:
 
     def __init__(self, directory: str | bytes | os.PathLike[str], options: ShareOptions) -> None:
         self.options = options
+        self.locks = LockBoard()
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         try:
             self.root_fd = os.open(directory, flags)
