@@ -184,14 +184,27 @@ def test_flush_gives_up_what_the_owner_has_and_nobody_elses(guest: DirectGuest, 
         three.lock(WRITE, 5, 9)
 
 
-def test_the_last_handle_takes_all_locks_along(guest: DirectGuest, other: DirectGuest) -> None:
-    one, two = Process(guest, 7), Process(guest, 7)
+@pytest.mark.usefixtures("file")
+def test_a_handle_takes_its_own_locks_along(guest: DirectGuest, other: DirectGuest) -> None:
+    """Open file descriptions are owners, of whose end nothing but RELEASE tells."""
+    one, two, three = Process(guest, 7), Process(guest, 8), Process(other, 9)
+    one.lock(WRITE, 0, 4)
+    two.lock(WRITE, 5, 9)
+    one.close()
+    three.lock(WRITE, 0, 4)
+    with expect_errno("EAGAIN"):
+        three.lock(WRITE, 5, 9)
+
+
+@pytest.mark.usefixtures("file")
+def test_an_owner_that_goes_on_with_another_handle(guest: DirectGuest, other: DirectGuest) -> None:
+    one, again = Process(guest, 7), Process(guest, 7)
     one.lock(WRITE)
+    one.flush()
+    again.lock(WRITE)
     one.close()
     with expect_errno("EAGAIN"):
         Process(other, 9).lock(READ)
-    two.close()
-    Process(other, 9).lock(WRITE)
 
 
 @pytest.mark.parametrize("end", ["destroy", "init", "close"])

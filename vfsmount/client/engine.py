@@ -211,10 +211,16 @@ class RelayEngine:
         clears = bool(facts.flags & (InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2))
         # The kernel writes back only where the daemon has agreed.
         policy = replace(self._policy, writeback=InitFlag.WRITEBACK_CACHE in self._flags)
-        # A FLUSH gives POSIX locks up at a daemon that has them, and ends write-back.
-        quiet = not self._flags & (InitFlag.POSIX_LOCKS | InitFlag.WRITEBACK_CACHE)
         self._relay = relay = Relay(
-            self._device, loan, policy, largest, clears, violated, quiet_flush=quiet
+            self._device,
+            loan,
+            policy,
+            largest,
+            clears,
+            violated,
+            quiet_flush=not policy.writeback,  # which a FLUSH ends
+            keeps_locks=InitFlag.POSIX_LOCKS in self._flags,
+            heeds_interrupts=fuse.HEEDS_INTERRUPT in facts.flags,
         )
         ended = trio.Event()
         # A thread of our own, and a daemon one: if the worst comes to the worst, the process ends.

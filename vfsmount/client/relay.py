@@ -94,10 +94,10 @@ class Relay:
         max_message: Bytes of the largest READ or WRITE.
         clears_set_id: The daemon takes set-id bits off when a WRITE says so.
         on_violation: Called in this thread when the daemon breaks the rules.
-        quiet_flush: A FLUSH means nothing to the daemon but "tell me of errors in writing": it has
-            no locks of ours. Then one of a handle that wrote nothing is answered here.
-        forwards_interrupts: The daemon can give requests up: tell it, on the hiprio queue, and let
-            it answer. No daemon of today can.
+        quiet_flush: A FLUSH means nothing to the daemon but "tell me of errors in writing", and "I
+            give my locks up". Then one that says neither is answered here.
+        keeps_locks: The daemon has POSIX locks of ours.
+        heeds_interrupts: The daemon ends a wait for a lock when it is told to, on the hiprio queue.
 
     Attributes:
         ended: ``run`` touches nothing any more.
@@ -139,7 +139,8 @@ class Relay:
         on_violation: Callable[[ProtocolViolation], None],
         *,
         quiet_flush: bool = False,
-        forwards_interrupts: bool = False,
+        keeps_locks: bool = False,
+        heeds_interrupts: bool = False,
     ) -> None:
         self.ended = False
         self._orders = Orders(on_violation)
@@ -165,14 +166,15 @@ class Relay:
             self._device,
             self._opens,
             quiet_flush=quiet_flush,
-            forwards_interrupts=forwards_interrupts,
+            heeds_interrupts=heeds_interrupts,
         )
         self._late = rules.late = LateReplies(loan, self._kernel, self._device, rules.forget)
         self._answers = Answers(
             loan, policy, self._kernel, self._opens, self._late, rules.capabilities
         )
         modes = None if clears_set_id else rules.modes
-        rewriters = reply_rewriters(policy, modes, self._opens.fresh, no_flush=quiet_flush)
+        no_flush = quiet_flush and not keeps_locks
+        rewriters = reply_rewriters(policy, modes, self._opens.fresh, no_flush=no_flush)
         self._routes = make_routes(rules, rewriters, checks_opens=policy.revalidate)
         # Two sets to sleep on: with and without the kernel's requests (back-pressure). Calls are
         # edge triggered, because the eventfd is shared with the daemon and is never read.

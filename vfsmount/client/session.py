@@ -89,6 +89,7 @@ GUEST_FLAGS = (
     | InitFlag.SECURITY_CTX
     | InitFlag.CREATE_SUPP_GROUP
     | InitFlag.DIRECT_IO_ALLOW_MMAP
+    | fuse.HEEDS_INTERRUPT
 )
 
 _NO_FLAGS = InitFlag(0)
@@ -681,9 +682,14 @@ class Session:
     async def setlk(
         self, nodeid: int, lock: fuse.LkIn, wait: bool = False, caller: Identity | None = None
     ) -> None:
-        """SETLK, or SETLKW when it may ``wait``."""
+        """SETLK, or SETLKW when it may ``wait``.
+
+        A lock that is granted after this was cancelled is given up again.
+        """
         opcode = Opcode.SETLKW if wait else Opcode.SETLK
-        self._nothing(opcode, await self._send(opcode, nodeid, fuse.LK_IN.pack(lock), 0, caller))
+        undo = partial(self._undo_lock, nodeid, lock)
+        body = fuse.LK_IN.pack(lock)
+        self._nothing(opcode, await self._send(opcode, nodeid, body, 0, caller, undo))
 
     async def ioctl(
         self,
@@ -982,6 +988,14 @@ class Session:
         if len(reply) == fuse.OPEN_OUT.size:
             body = fuse.RELEASE_IN.values(fuse.OPEN_OUT.unpack(reply).fh, 0, 0, 0)
             self._nursery.start_soon(self._release_quietly, release, nodeid, body)
+
+    def _undo_lock(self, nodeid: int, lock: fuse.LkIn, _reply: bytes) -> None:
+        unlock = fuse.LK_IN.pack(lock._replace(type=fuse.LockType.UNLOCK))
+        self._nursery.start_soon(self._unlock_quietly, nodeid, unlock)
+
+    async def _unlock_quietly(self, nodeid: int, body: bytes) -> None:
+        with suppress(RemoteErrno, ChannelBroken, ChannelClosed, RequestTimeout):
+            await self._send(Opcode.SETLK, nodeid, body, 0, None)
 
     async def _release_quietly(self, release: Opcode, nodeid: int, body: bytes) -> None:
         # close(2) has nobody to tell either.

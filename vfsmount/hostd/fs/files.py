@@ -180,10 +180,11 @@ def _open_out(session: Session, handle: FileHandle) -> bytes:
 
 def release(session: Session, call: Call) -> bytes:
     """RELEASE: the last close."""
-    handle = session.files.release(_RELEASE_IN.unpack_from(call.message, HEADER_SIZE)[0])
+    fh = _RELEASE_IN.unpack_from(call.message, HEADER_SIZE)[0]
+    handle = session.files.release(fh)
     locks = session.locks
     if locks:
-        locks.handle_closed(handle.inode)
+        locks.handle_closed(handle.inode, fh)
     if locks.board.waiting:  # for a flock lock of this handle, perhaps
         locks.board.notify()
     return b""

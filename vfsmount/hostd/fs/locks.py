@@ -5,7 +5,7 @@ another without a table of ours:
 
 * A POSIX lock is an open-file-description lock. Such locks belong to a file description, so each
   pair of file and lock owner has one: opened at the owner's first lock, closed when the owner gives
-  up (FLUSH), unlocks the whole file, or the guest has no handle of the file left.
+  up (FLUSH), unlocks the whole file, or the handle that it used is closed.
 * A flock lock is taken on the handle's own descriptor, and goes with it.
 
 Nobody waits in a system call. A wait is the request put aside (``Deferred``) and tried again: when
@@ -64,9 +64,18 @@ _File = tuple[int, int]
 
 
 class _Owner(NamedTuple):
-    """A lock owner's hold on one file: its descriptor, and the guest's process that locked last."""
+    """A lock owner's hold on one file.
+
+    Attributes:
+        fd: Our descriptor for its locks.
+        fh: The handle that it used last. Linux says no more than that this one is closed when the
+            owner is a handle itself (an open file description). Another owner, a process, has
+            closed it before, and has said so (FLUSH).
+        pid: The guest's process that used it.
+    """
 
     fd: int
+    fh: int
     pid: int
 
 
@@ -167,7 +176,7 @@ class GuestLocks:
             self.give_up(handle.inode, args.owner)
             return
         fd = self._open(handle) if owner is None else owner.fd
-        self._owners.setdefault(file, {})[args.owner] = _Owner(fd, args.pid)
+        self._owners.setdefault(file, {})[args.owner] = _Owner(fd, args.fh, args.pid)
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
 
     def _open(self, handle: FileHandle) -> int:
@@ -206,10 +215,11 @@ class GuestLocks:
         if owner is not None:
             self._close([owner])
 
-    def handle_closed(self, inode: Inode) -> None:
-        """A handle of a file is closed: with the last of them go all POSIX locks."""
-        if not inode.opens:
-            self._close(list(self._owners.pop(_file_of(inode), {}).values()))
+    def handle_closed(self, inode: Inode, fh: int) -> None:
+        """A handle of a file is closed: so are the owners that are that handle."""
+        owners = self._owners.get(_file_of(inode), {})
+        for number in [number for number, owner in owners.items() if owner.fh == fh]:
+            self.give_up(inode, number)
 
     def _close(self, owners: list[_Owner]) -> None:
         with self.board.mutex:

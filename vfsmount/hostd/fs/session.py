@@ -20,6 +20,7 @@ from vfsmount.hostd.fs.inodes import InodeTable
 from vfsmount.hostd.fs.locks import GuestLocks
 from vfsmount.hostd.window import ALIGNMENT_SHIFT, DaxWindow
 from vfsmount.wire.fuse import (
+    HEEDS_INTERRUPT,
     KERNEL_MINOR_VERSION,
     KERNEL_VERSION,
     InitFlag,
@@ -69,6 +70,7 @@ _ALWAYS: Final = (
     | InitFlag.SETXATTR_EXT
     | InitFlag.INIT_EXT
     | InitFlag.CREATE_SUPP_GROUP
+    | HEEDS_INTERRUPT
 )
 _DAX: Final = InitFlag.MAP_ALIGNMENT | InitFlag.HAS_INODE_DAX
 _READDIRPLUS: Final = InitFlag.DO_READDIRPLUS | InitFlag.READDIRPLUS_AUTO
