@@ -181,10 +181,10 @@ def _open_out(session: Session, handle: FileHandle) -> bytes:
 def release(session: Session, call: Call) -> bytes:
     """RELEASE: the last close."""
     fh = _RELEASE_IN.unpack_from(call.message, HEADER_SIZE)[0]
-    handle = session.files.release(fh)
     locks = session.locks
     if locks:
-        locks.handle_closed(handle.inode, fh)
+        locks.closing(session.files.get(fh), fh)
+    session.files.release(fh)
     if locks.board.waiting:  # for a flock lock of this handle, perhaps
         locks.board.notify()
     return b""
@@ -238,7 +238,7 @@ def flush(session: Session, request: Request) -> bytes:
     """
     handle = session.files.get(request.args.fh)
     if session.locks:
-        session.locks.give_up(handle.inode, request.args.lock_owner)
+        session.locks.give_up(handle, request.args.lock_owner)
     os.close(os.dup(handle.fd))
     return b""
 

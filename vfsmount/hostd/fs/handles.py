@@ -82,8 +82,8 @@ class HandleTable(Generic[H]):
             raise OSError(errno.EBADF, "no such file handle")
         return handle
 
-    def release(self, fh: int) -> H:
-        """Close a handle; returns what it was.
+    def release(self, fh: int) -> None:
+        """Close a handle.
 
         Raises:
             OSError: EBADF: never given out, or released already.
@@ -93,7 +93,6 @@ class HandleTable(Generic[H]):
             raise OSError(errno.EBADF, "no such file handle")
         self._inodes.unpin(handle.inode)
         os.close(handle.fd)
-        return handle
 
     def clear(self) -> None:
         """Close all."""

@@ -32,7 +32,6 @@ from vfsmount.wire.fuse import LK_OUT, LockFlag, LockType
 
 if TYPE_CHECKING:
     from vfsmount.hostd.fs.handles import FileHandle, HandleTable
-    from vfsmount.hostd.fs.inodes import Inode
     from vfsmount.hostd.fs.session import Session
     from vfsmount.hostd.fs.share import Share
     from vfsmount.wire.fuse import Request
@@ -170,10 +169,10 @@ class GuestLocks:
 
     def _take_posix(self, handle: FileHandle, args: LkIn) -> None:
         wanted = _to_host(args)
-        file = _file_of(handle.inode)
+        file = _file_of(handle)
         owner = self._owners.get(file, {}).get(args.owner)
         if args.type == _UNLOCK and (owner is None or _is_whole(args)):
-            self.give_up(handle.inode, args.owner)
+            self._give_up(file, args.owner)
             return
         fd = self._open(handle) if owner is None else owner.fd
         self._owners.setdefault(file, {})[args.owner] = _Owner(fd, args.fh, args.pid)
@@ -194,7 +193,7 @@ class GuestLocks:
     def find(self, args: LkIn) -> tuple[_Found, int] | None:
         """Return a lock that is in the way and the guest's process that has it, or 0; or None."""
         handle = self._files.get(args.fh)
-        owners = self._owners.get(_file_of(handle.inode), {})
+        owners = self._owners.get(_file_of(handle), {})
         asking = owners.get(args.owner)
         # The handle's own description has no such locks, so everybody's are in its way.
         found = _in_the_way(handle.fd if asking is None else asking.fd, args)
@@ -205,9 +204,11 @@ class GuestLocks:
 
     # --- giving up -------------------------------------------------------------------------------
 
-    def give_up(self, inode: Inode, number: int) -> None:
+    def give_up(self, handle: FileHandle, number: int) -> None:
         """An owner is through with a file: its POSIX locks on it go."""
-        file = _file_of(inode)
+        self._give_up(_file_of(handle), number)
+
+    def _give_up(self, file: _File, number: int) -> None:
         owners = self._owners.get(file, {})
         owner = owners.pop(number, None)
         if not owners:
@@ -215,11 +216,12 @@ class GuestLocks:
         if owner is not None:
             self._close([owner])
 
-    def handle_closed(self, inode: Inode, fh: int) -> None:
-        """A handle of a file is closed: so are the owners that are that handle."""
-        owners = self._owners.get(_file_of(inode), {})
+    def closing(self, handle: FileHandle, fh: int) -> None:
+        """A handle is about to be closed: so are the owners that are that handle."""
+        file = _file_of(handle)
+        owners = self._owners.get(file, {})
         for number in [number for number, owner in owners.items() if owner.fh == fh]:
-            self.give_up(inode, number)
+            self._give_up(file, number)
 
     def _close(self, owners: list[_Owner]) -> None:
         with self.board.mutex:
@@ -334,23 +336,24 @@ class GuestLocks:
     def _waits_for(self, wait: LkIn, locks: GuestLocks, number: int) -> bool:
         """Whether it is this owner's lock, and nobody else's, that a wait is for."""
         try:
-            inode = self._files.get(wait.fh).inode
+            file = _file_of(self._files.get(wait.fh))
         except OSError:
             return False
-        owners = self._owners.get(_file_of(inode), {})
-        waiting, owner = owners.get(wait.owner), locks.owner_of(inode, number)
+        waiting, owner = self.owner_of(file, wait.owner), locks.owner_of(file, number)
         if waiting is None or owner is None or owner.fd == waiting.fd:
             return False
         found = _in_the_way(waiting.fd, wait)
         return found is not None and _has_alone(owner.fd, found)
 
-    def owner_of(self, inode: Inode, number: int) -> _Owner | None:
+    def owner_of(self, file: _File, number: int) -> _Owner | None:
         """Return an owner's hold on a file."""
-        return self._owners.get(_file_of(inode), {}).get(number)
+        return self._owners.get(file, {}).get(number)
 
 
-def _file_of(inode: Inode) -> _File:
-    return inode.device, inode.number
+def _file_of(handle: FileHandle) -> _File:
+    """Guests agree on this, and so do all mounts that a file can be seen on."""
+    found = os.fstat(handle.fd)
+    return found.st_dev, found.st_ino
 
 
 def _is_whole(args: LkIn) -> bool:
