@@ -23,6 +23,7 @@ from vfsmount.client.eager import eager_trio
 from vfsmount.client.operations import VirtioFsOperations
 from vfsmount.client.relay import Relay
 from vfsmount.client.relay_init import flags_to_withdraw, init_answer
+from vfsmount.client.time_slice import lengthen_slice
 from vfsmount.errors import MountError, WireError
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import InitFlag, Opcode
@@ -243,6 +244,7 @@ class RelayEngine:
             self._relay.fail(error)
 
     def _run_thread(self, relay: Relay, token: trio.lowlevel.TrioToken, ended: trio.Event) -> None:
+        lengthen_slice()
         try:
             relay.run()
         except BaseException as error:  # top of a thread: told to the event loop

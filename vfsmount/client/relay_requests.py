@@ -24,7 +24,7 @@ from vfsmount.client.relay_memory import (
 )
 from vfsmount.client.relay_opens import CHANGES
 from vfsmount.client.relay_rewrite import flags_below_writeback
-from vfsmount.client.relay_rooms import small_rooms
+from vfsmount.client.relay_rooms import named_rooms, small_rooms
 from vfsmount.client.relay_slots import SMALL_REPLY
 from vfsmount.client.session import setattr_in
 from vfsmount.wire import fuse
@@ -61,6 +61,9 @@ _RELEASE_FLAGS_AT: Final = _IN + 12  # release_in: fh, flags, release_flags
 _FLOCK_UNLOCK: Final = int(fuse.ReleaseFlag.FLOCK_UNLOCK)
 _COPY_TARGET_AT: Final = 24  # copy_file_range_in: fh_in, off_in, nodeid_out, fh_out
 
+#: RELEASEs that wait for a kick without company.
+_POSTED_AT_ONCE: Final = 16
+
 #: Routes that are made; opcodes above share one, on which the daemon decides.
 ROUTES: Final = max(Opcode.COPY_FILE_RANGE_64, 63) + 1
 
@@ -73,19 +76,22 @@ class Route:
         special: Sees a slot that is ready to go; None for most.
         room: Bytes of the reply, header included, where that is always the same and little; 0
             where it has to be found out.
+        size_at: Offset in the request of the bytes that the reply may have besides its header; 0
+            where that is not all.
         changes: It may change attributes.
         is_known: It is the route of this opcode alone.
         rewrite: Puts the cache policy's values into the reply; None for most.
         counter: Counts replies, from the first one on.
     """
 
-    __slots__ = ("changes", "counter", "is_known", "local", "rewrite", "room", "special")
+    __slots__ = ("changes", "counter", "is_known", "local", "rewrite", "room", "size_at", "special")
 
     def __init__(self, *, is_known: bool) -> None:
         self.is_known = is_known
         self.local: Handler | None = None
         self.special: Handler | None = None
         self.room = 0
+        self.size_at = 0
         self.changes = False
         self.rewrite: Rewriter | None = None
         self.counter: OpcodeCounter | None = None
@@ -104,6 +110,8 @@ def make_routes(
     routes = [Route(is_known=opcode < ROUTES) for opcode in range(ROUTES + 1)]
     for opcode, room in small_rooms(SMALL_REPLY).items():
         routes[opcode].room = room
+    for opcode, size_at in named_rooms().items():
+        routes[opcode].size_at = size_at
     for opcode, handler in rules.local().items():
         routes[opcode].local = handler
     for opcode, handler in rules.special(checks_opens=checks_opens).items():
@@ -275,10 +283,12 @@ class RequestRules:
         if slot.head < 0 or _U32(self._map, at + _RELEASE_FLAGS_AT)[0] & _FLOCK_UNLOCK:
             return False
         unique, slot.answers = slot.answers, 0
-        self._queue.submit_reserved(slot, slot.head, at, size)
+        self._queue.submit_reserved(slot, slot.head, at, size, False)
         slot.state = POSTED
         self._device.posted += 1
         self._kernel.answer(unique)
+        if self._device.posted >= _POSTED_AT_ONCE:
+            self._device.kick()
         return True
 
     def _note_write(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
