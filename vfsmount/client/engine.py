@@ -143,7 +143,7 @@ class Pyfuse3Engine:
         return 0
 
     def dax_facts(self) -> dict[str, Any]:
-        """Nothing yet."""
+        """Nothing but what the session does."""
         return {}
 
 
