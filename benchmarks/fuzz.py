@@ -33,6 +33,7 @@ with atheris.instrument_imports(include=["vfsmount"]):
     from vfsmount.errors import WireError
     from vfsmount.hostd.backend import Backend
     from vfsmount.hostd.faults import GuestFault, Refused, RingFault
+    from vfsmount.hostd.fs.call import Deferred
     from vfsmount.hostd.fs.dispatch import FuseServer
     from vfsmount.hostd.fs.session import Session
     from vfsmount.hostd.fs.share import Share, ShareOptions
@@ -165,7 +166,7 @@ class Requests:
             message = fuse.encode_request(OPCODES[opcode % len(OPCODES)], 2, nodeid, body)
             if length & 0x8000:  # the header is the input's as well
                 message = body
-            with suppress(GuestFault):
+            with suppress(GuestFault, Deferred):
                 _exchange(server, message, room, pieces)
             server.session.inodes.check_invariants()
             if os.geteuid() != os.getuid():
