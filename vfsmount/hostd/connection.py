@@ -263,7 +263,8 @@ class Connection:
             return
         logger.debug("%s: %s %s", self.name, request.name, record)
         if kind.reply is not None:
-            send_reply(self._sock, header.request, encode_reply(request, reply))
+            fds = message.fds if kind.reply_fds[1] else ()
+            send_reply(self._sock, header.request, encode_reply(request, reply), fds)
         elif self._wants_ack(header):
             send_reply(self._sock, header.request, encode_ack())
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from vfsmount.wire.vhost_user import MemoryRegion
 
-__all__ = ["MAX_MEM_SLOTS", "GuestMemory", "Region", "is_lasting"]
+__all__ = ["MAX_MEM_SLOTS", "GuestMemory", "Region", "map_shared"]
 
 #: Regions in one memory table (GET_MAX_MEM_SLOTS). Each holds a descriptor and is searched in line;
 #: libvhost-user has 32 too.
@@ -55,18 +55,11 @@ class Region:
 
     def __init__(self, record: MemoryRegion, fd: int, *, alone: bool) -> None:
         _check_record(record)
-        _check_descriptor(record, fd, alone)
         self.record = record
         self.guest_addr = record.guest_addr
         self.user_addr = record.user_addr
         self.size = record.size
-        # mmap wants a page-aligned offset; the standard does not.
-        lead = record.mmap_offset % mmap.ALLOCATIONGRANULARITY
-        try:
-            mapping = mmap.mmap(fd, lead + record.size, offset=record.mmap_offset - lead)
-        except (OSError, ValueError, OverflowError) as error:
-            raise Refused(f"cannot map a region of {record.size} bytes: {error}") from None
-        self.view = memoryview(mapping)[lead:]
+        self.view = map_shared(fd, record.mmap_offset, record.size, alone=alone)
 
     def overlaps(self, other: MemoryRegion) -> bool:
         """Whether a record has addresses of ours, in either space."""
@@ -87,20 +80,38 @@ def _check_record(record: MemoryRegion) -> None:
         raise Refused(f"memory region of {record.size} bytes wraps around")
 
 
-def _check_descriptor(record: MemoryRegion, fd: int, alone: bool) -> None:
+def map_shared(fd: int, offset: int, size: int, *, alone: bool) -> memoryview:
+    """Map bytes of a front-end's file. The descriptor stays the caller's.
+
+    Args:
+        fd: The file.
+        offset: Where in it, in bytes.
+        size: Bytes.
+        alone: See ``GuestMemory``.
+
+    Raises:
+        Refused: The file cannot back them, or could cease to.
+    """
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise Refused("memory region whose descriptor is no memory file")
-    if not is_lasting(fd) and not alone:
+    if not _is_lasting(fd) and not alone:
         raise Refused(
             "memory that its owner could take away under all guests; "
             "share a memfd (QEMU: memory-backend-memfd), or run a daemon per guest with --once"
         )
-    size = os.fstat(fd).st_size  # after sealing
-    if record.mmap_offset + record.size > size:
-        raise Refused(f"memory region ends beyond its file of {size} bytes")
+    file_size = os.fstat(fd).st_size  # after sealing
+    if offset + size > file_size:
+        raise Refused(f"memory region ends beyond its file of {file_size} bytes")
+    # mmap wants a page-aligned offset; the standard does not.
+    lead = offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        mapping = mmap.mmap(fd, lead + size, offset=offset - lead)
+    except (OSError, ValueError, OverflowError) as error:
+        raise Refused(f"cannot map a region of {size} bytes: {error}") from None
+    return memoryview(mapping)[lead:]
 
 
-def is_lasting(fd: int) -> bool:
+def _is_lasting(fd: int) -> bool:
     """Seal a file against shrinking; whether its pages can be reached from now on, come what may.
 
     False for everything but a memfd of ordinary pages that allows seals or is sealed.
