@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from vfsmount.hostd.faults import RingFault
 
 if TYPE_CHECKING:
-    from vfsmount.hostd.backend import Queue
     from vfsmount.hostd.fs.dispatch import FuseServer
+    from vfsmount.hostd.queues import Queue
     from vfsmount.hostd.vring import DeviceRing
 
 __all__ = ["Aside"]

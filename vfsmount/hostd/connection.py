@@ -49,9 +49,9 @@ from vfsmount.wire.vhost_user import (
 from vfsmount.wire.virtio_fs import Config
 
 if TYPE_CHECKING:
-    from vfsmount.hostd.backend import Queue
     from vfsmount.hostd.fs.share import Share
     from vfsmount.hostd.messages import Message
+    from vfsmount.hostd.queues import Queue
     from vfsmount.hostd.vring import DeviceRing
     from vfsmount.wire.vhost_user import Header
 
