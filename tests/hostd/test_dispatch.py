@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 UNSERVED = {
     "BMAP",
-    "IOCTL",
     "POLL",
 }
 #: Opcodes that begin with a struct, and its size; INIT has a shorter form.

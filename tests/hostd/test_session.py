@@ -171,7 +171,6 @@ def test_interrupts_and_notify_replies_are_not_answered(guest: DirectGuest) -> N
     ("opcode", "body"),
     [
         (Opcode.BMAP, bytes(16)),
-        (Opcode.IOCTL, bytes(32)),
         (Opcode.POLL, bytes(24)),
         (Opcode.SETUPMAPPING, bytes(40)),
         (Opcode.REMOVEMAPPING, bytes(4)),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.errors import WireError
 from vfsmount.hostd.faults import GuestFault
-from vfsmount.hostd.fs import files, listing, locks, mappings, nodes, tree, xattrs
+from vfsmount.hostd.fs import files, ioctls, listing, locks, mappings, nodes, tree, xattrs
 from vfsmount.hostd.fs.call import HEADER_SIZE, REPLY_SIZE, Call, Deferred, window
 from vfsmount.wire.fuse import (
     INIT_OUT,
@@ -94,7 +94,7 @@ _FAST: Final[Mapping[int, FastHandler]] = {
     Opcode.RELEASE: files.release,
 }
 
-#: What is not here is ENOSYS: ioctl, poll, bmap, and opcodes to come.
+#: What is not here is ENOSYS: poll, bmap, and opcodes to come.
 _PLAIN: Final[Mapping[int, Handler]] = {
     Opcode.INIT: init,
     Opcode.DESTROY: destroy,
@@ -125,6 +125,7 @@ _PLAIN: Final[Mapping[int, Handler]] = {
     Opcode.COPY_FILE_RANGE_64: files.copy_file_range_64,
     Opcode.SETUPMAPPING: mappings.setupmapping,
     Opcode.REMOVEMAPPING: mappings.removemapping,
+    Opcode.IOCTL: ioctls.ioctl,
     Opcode.GETLK: locks.getlk,
     Opcode.SETLK: locks.setlk,
     Opcode.SETLKW: locks.setlkw,
