@@ -41,7 +41,6 @@ PURE = [
     "channel/negotiation.py",
     "channel/statistics.py",
     "channel/virtqueue.py",
-    "dax_shm/benefit.py",
     "dax_shm/mappings.py",
     "dax_shm/ranges.py",
 ]
