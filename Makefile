@@ -9,13 +9,14 @@ MNT ?= build/demo/mnt
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup mount test test-guest bench lint types daemons test-packages clean
+.PHONY: help setup mount test test-guest bench fuzz lint types daemons test-packages clean
 
 help:
 	@echo "make mount [SRC=dir] [MNT=dir]  share SRC with the bundled daemon, mount it at MNT, until Ctrl-C"
 	@echo "make test  [ARGS='-k name']     every test (brings the real host daemons); ARGS go to pytest"
 	@echo "make test-guest [ARGS=...]      a Linux guest in QEMU mounts the share (minutes; Debian)"
 	@echo "make bench [ARGS=...]           measure against native and other FUSE filesystems"
+	@echo "make fuzz  [ARGS='requests --seconds 600']  what guests send to the bundled daemon, 3 minutes"
 	@echo "make lint                       ruff: rules and format"
 	@echo "make types                      mypy --strict"
 	@echo "make setup                      system packages and .venv; instant when done"
@@ -66,6 +67,12 @@ test-guest: setup test-packages daemons
 bench: setup test-packages daemons
 	@tools/system-packages.sh $(BIN)/python bench || true # a subject that cannot run says why
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+# As root on a small tmpfs in a mount namespace of its own. Inputs are kept in build/fuzz.
+fuzz: setup
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install -qq --disable-pip-version-check \
+		--config-settings editable_mode=compat --editable '.[fuzz]'
+	@$(BIN)/python -m benchmarks.fuzz $(ARGS)
 
 lint: setup
 	@$(BIN)/ruff check .

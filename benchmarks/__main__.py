@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -40,6 +41,8 @@ def main() -> int:
     """Measure, print, write; 130 when interrupted (what was measured is reported all the same)."""
     options = _options()
     enter_private_mounts()
+    # passthrough_ll keeps a descriptor for each file, and does not raise the limit by itself.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     plan = _plan(options)
     machine = describe()
     trees = any(series.commands for series in plan.series)

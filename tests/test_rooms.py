@@ -41,6 +41,7 @@ PURE = [
     "channel/negotiation.py",
     "channel/statistics.py",
     "channel/virtqueue.py",
+    "dax_shm/benefit.py",
     "dax_shm/mappings.py",
     "dax_shm/ranges.py",
 ]

@@ -41,6 +41,18 @@ STATUS: dict[str, Any] = {
         "writeback": True,
     },
     "daemon": DAEMON,
+    "dax": {
+        "active": True,
+        "range_bytes": 2 << 20,
+        "ranges": 9,
+        "mapped_ranges": 3,
+        "hits": 90,
+        "misses": 2,
+        "set_ups": 4,
+        "reclaims": 1,
+        "bypassed": 0,
+        "failures": 0,
+    },
     "in_flight": 2,
     "mute": [{"opcode": "READ", "nodeid": 9, "age_s": 12.0}],
     "requests": {
@@ -79,6 +91,9 @@ def test_status_table() -> None:
         "  vhost-user    none\n"
         "  FUSE          7.38, write up to 1024 KiB, read up to 128 KiB\n"
         "  INIT flags    ASYNC_READ POSIX_LOCKS\n"
+        "  DAX           3 of 9 ranges of 2 MiB mapped, 90 hits, 2 misses, 4 set-ups, 1 reclaims, "
+        "0 bypassed,\n"
+        "                0 failures\n"
         "  in flight     2\n"
         "  mute          READ on node 9 without a reply for 12.0 s\n"
         "\n"
@@ -86,6 +101,11 @@ def test_status_table() -> None:
         "  LOOKUP    1200      11       45      40      91\n"
         "  GETATTR      3       0       10       9      20\n"
     )
+
+
+def test_no_window_and_why() -> None:
+    text = format_status(STATUS | {"dax": {"active": False, "why": "--dax=off"}})
+    assert "  DAX           off: --dax=off\n" in text
 
 
 def test_lost_daemon_is_told() -> None:

@@ -34,6 +34,7 @@ class FakeSession:
 
     def __init__(self, flags: InitFlag = NO_FLAGS, limit: int = 1 << 20) -> None:
         self.facts = InitFacts(45, flags, 1 << 20, limit, limit, 1, 0)
+        self.dax = None
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.answers: dict[str, Any] = {"getattr": fuse.AttrOut(1, 0, attributes())}
 

@@ -10,16 +10,23 @@ daemon. The initial root file system holds the guest program as ``/init`` and no
 from __future__ import annotations
 
 import gzip
+import json
 import re
 import shutil
+import socket as socket_module
 import stat
 import subprocess
+import threading
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tests.support.daemons import REPOSITORY
 
-__all__ = ["QUEUES", "Report", "boot", "build_initramfs", "machine_problem"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["QUEUES", "Monitor", "Report", "boot", "build_initramfs", "machine_problem"]
 
 HERE = Path(__file__).parent
 KERNEL_FOLDER = REPOSITORY / ".cache" / "guest"
@@ -33,6 +40,7 @@ DEADLINE = 150.0
 
 MEMORY = "256M"
 CONSOLE_DEVICE = (5, 1)
+_CASE = re.compile(r"guest: case (\S+) (.*)")
 
 
 class Report(NamedTuple):
@@ -95,33 +103,94 @@ def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % 4)
 
 
-def boot(initramfs: Path, socket: Path, *, queues: int = QUEUES) -> Report:
-    """Boot a machine with a device on ``socket`` and wait until it has powered itself off."""
-    command = [QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
+def boot(
+    initramfs: Path,
+    socket: Path,
+    *,
+    queues: int = QUEUES,
+    disturb: Mapping[str, Callable[[Monitor], None]] | None = None,
+) -> Report:
+    """Boot a machine with a device on ``socket`` and wait until it has powered itself off.
+
+    Args:
+        initramfs: From `build_initramfs`.
+        socket: Of the daemon.
+        queues: Request queues of the device.
+        disturb: What to do to the machine when the guest has told of a case, once each, by case.
+    """
+    todo = dict(disturb or {})
+    console = ""
+    with TemporaryDirectory(prefix="vfsmount-guest-") as folder:
+        control = Path(folder, "control")
+        machine = subprocess.Popen(
+            _command(initramfs, socket, queues, control),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        killer = threading.Timer(DEADLINE, machine.kill)
+        killer.start()
+        with machine:
+            try:
+                for line in machine.stdout or ():
+                    console += line
+                    if (found := _CASE.match(line)) and (action := todo.pop(found[1], None)):
+                        with Monitor(control) as monitor:
+                            action(monitor)
+            finally:
+                killer.cancel()
+                machine.kill()
+    assert not todo, f"never came to {', '.join(todo)}:\n{console[-2000:]}"
+    return _understand(console)
+
+
+def _command(initramfs: Path, socket: Path, queues: int, control: Path) -> list[str]:
+    command = [QEMU, "-nodefaults", "-no-user-config", "-display", "none"]
     command += ["-machine", "q35,accel=tcg,memory-backend=memory", "-cpu", "max"]
-    command += ["-m", MEMORY, "-smp", str(QUEUES)]
+    command += ["-m", f"{MEMORY},slots=2,maxmem=1G", "-smp", str(QUEUES)]
     command += ["-object", f"memory-backend-memfd,id=memory,size={MEMORY},share=on"]
     command += ["-chardev", f"socket,id=share,path={socket}", "-device"]
     command += [f"vhost-user-fs-pci,chardev=share,tag=share,num-request-queues={queues}"]
     command += ["-kernel", str(KERNEL), "-initrd", str(initramfs), "-serial", "stdio"]
-    command += ["-append", "console=ttyS0 quiet panic=-1"]
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=DEADLINE,
-            check=False,
-        )
-        console = done.stdout
-    except subprocess.TimeoutExpired as error:
-        console = (error.stdout or b"") + b"\n(ended by us: it took too long)\n"
-    return _understand(console.decode(errors="replace").replace("\r", ""))
+    # A kernel that panics halts, and is killed at the deadline.
+    command += ["-append", "console=ttyS0 quiet"]
+    return [*command, "-qmp", f"unix:{control},server=on,wait=off"]
+
+
+class Monitor:
+    """The machine's control socket: QEMU's monitor protocol, one command at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket_module.socket(socket_module.AF_UNIX, socket_module.SOCK_STREAM)
+        self._socket.settimeout(10)
+        self._socket.connect(str(path))
+        self._lines = self._socket.makefile("r")
+        self.say("qmp_capabilities")
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+        self._socket.close()
+
+    def say(self, command: str, **arguments: Any) -> None:
+        """Give a command that must succeed; events that come meanwhile are nobody's business."""
+        message = json.dumps({"execute": command, "arguments": arguments})
+        self._socket.sendall(message.encode() + b"\n")
+        for line in self._lines:
+            answer = json.loads(line)
+            assert "error" not in answer, answer
+            if "return" in answer:
+                return
+        raise AssertionError(f"the machine went away at {command}")
 
 
 def _understand(console: str) -> Report:
-    cases = re.findall(r"guest: case (\S+) (.*)", console)
+    console = console.replace("\r", "")
+    cases = _CASE.findall(console)
     interrupts = re.findall(r"guest: interrupts (\S+) (\d+)", console)
     return Report(
         cases=dict(cases),

@@ -8,6 +8,7 @@ bundled one alone is our fault, and what they cannot do stands in ``DEVIATIONS``
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from tests.guest.machine import Report
+    from tests.guest.machine import Monitor, Report
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
@@ -251,3 +252,47 @@ def test_every_request_queue_is_used(guest: Guest) -> None:
 def test_the_daemon_has_nothing_to_complain_about(guest: Guest) -> None:
     if guest.kind == "bundled":
         assert not [line for line in guest.log.splitlines() if "INFO" not in line][1:]
+
+
+# --- a machine that is disturbed -----------------------------------------------------------------
+
+
+def pause(monitor: Monitor) -> None:
+    """Stop and go on: the rings are stopped and started under the guest."""
+    monitor.say("stop")
+    monitor.say("cont")
+
+
+def plug_memory(monitor: Monitor) -> None:
+    """Give the machine another piece of memory while its rings run."""
+    size = 128 * MIB
+    monitor.say(
+        "object-add", **{"qom-type": "memory-backend-memfd", "id": "more", "size": size}, share=True
+    )
+    monitor.say("device_add", driver="pc-dimm", id="dimm", memdev="more")
+
+
+def test_paused_enlarged_and_reset(initramfs: Path, tmp_path: Path) -> None:
+    """A reset leaves no time to unmount; the guest that boots then must find a daemon like new."""
+
+    def reset(monitor: Monitor) -> None:
+        monitor.say("stop")
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path)
+        monitor.say("system_reset")
+        monitor.say("cont")
+
+    disturb = {"folders": pause, "rename": plug_memory, "xattr": pause, "big_file": reset}
+    with start_daemon(
+        "bundled", tmp_path, extra=["--request-queues", str(QUEUES), "--log-level", "debug"]
+    ) as daemon:
+        report = boot(initramfs, daemon.socket, disturb=disturb)
+        log = daemon.stderr
+
+    assert report.ended, report.console[-2000:]
+    assert set(report.cases.values()) == {"ok"}, report.cases
+    assert report.console.count("case rename ok") == 2
+    assert "ADD_MEM_REG" in log
+    assert "GET_VRING_BASE" in log
+    for case, check in HOST_VIEW.items():
+        check(tmp_path / case)

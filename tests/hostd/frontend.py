@@ -75,6 +75,8 @@ class Frontend(Guest):
         queue_size: Of each ring.
         features: To acknowledge.
         protocol: Protocol features to acknowledge.
+        rings: How many, hiprio included.
+        sealable: Whether the memory can be sealed against shrinking.
     """
 
     def __init__(
@@ -85,12 +87,14 @@ class Frontend(Guest):
         features: int = FEATURES,
         protocol: int = PROTOCOL,
         rings: int = 2,
+        sealable: bool = True,
     ) -> None:
         sock.settimeout(DEADLINE)
         self.sock = sock
         self.features = features
         self.protocol = protocol
-        self.memfd = os.memfd_create("guest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        sealing = os.MFD_ALLOW_SEALING if sealable else 0
+        self.memfd = os.memfd_create("guest", os.MFD_CLOEXEC | sealing)
         os.ftruncate(self.memfd, MEMORY_SIZE)
         self._mmap = mmap.mmap(self.memfd, MEMORY_SIZE)
         self.memory = memoryview(self._mmap)

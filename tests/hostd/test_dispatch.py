@@ -25,11 +25,7 @@ if TYPE_CHECKING:
     from vfsmount.wire.fuse import Request
 
 UNSERVED = {
-    "GETLK",
-    "SETLK",
-    "SETLKW",
     "BMAP",
-    "IOCTL",
     "POLL",
 }
 #: Opcodes that begin with a struct, and its size; INIT has a shorter form.

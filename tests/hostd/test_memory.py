@@ -16,6 +16,7 @@ from vfsmount.wire.vhost_user import MemoryRegion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 PAGE = 4096
 GUEST, USER = 0x1_0000_0000, 0x7F00_0000_0000
@@ -126,6 +127,7 @@ def test_what_is_no_memory_file(memory: GuestMemory) -> None:
 
 
 def test_file_that_is_not_writable(memory: GuestMemory, fd: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     read_only = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
     try:
         with pytest.raises(Refused, match="cannot map"):
@@ -140,6 +142,40 @@ def test_memory_can_no_longer_be_taken_away(memory: GuestMemory, fd: int) -> Non
     assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
     with pytest.raises(PermissionError):
         os.ftruncate(fd, PAGE)
+
+
+def test_memory_that_could_be_taken_away(memory: GuestMemory, tmp_path: Path) -> None:
+    """Not to be sealed: a memfd made so, and every plain file. Only a lone guest may bring it."""
+    with (tmp_path / "file").open("w+b") as file:
+        unsealable = os.memfd_create("guest")
+        for fd in (unsealable, file.fileno()):
+            os.ftruncate(fd, 2 * PAGE)
+            with pytest.raises(Refused, match=r"could take away.*--once"):
+                memory.add(region(), fd)
+            assert memory.regions == ()
+            lone = GuestMemory(alone=True)
+            lone.add(region(), fd)
+            lone.replace([region()], [fd])
+            assert len(lone.regions) == 1
+        os.close(unsealable)
+
+
+def test_memory_of_huge_pages_could_run_out(memory: GuestMemory) -> None:
+    fd = os.memfd_create("guest", os.MFD_ALLOW_SEALING | os.MFD_HUGETLB)
+    try:
+        os.ftruncate(fd, 2 << 20)
+        with pytest.raises(Refused, match="could take away"):
+            memory.add(region(), fd)
+    finally:
+        os.close(fd)
+
+
+def test_memory_that_its_owner_has_sealed(memory: GuestMemory, fd: int) -> None:
+    """As QEMU and crosvm do: we may add no seal, and need not."""
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    memory.add(region(), fd)
+
+    assert len(memory.regions) == 1
 
 
 def test_replace_is_all_or_nothing(memory: GuestMemory, fd: int) -> None:
@@ -188,7 +224,7 @@ def test_views_outlive_their_region(memory: GuestMemory, fd: int) -> None:
     offset=st.integers(0, 2**64 - 1),
 )
 def test_any_region_is_mapped_or_refused(guest: int, size: int, user: int, offset: int) -> None:
-    fd = os.memfd_create("guest")
+    fd = os.memfd_create("guest", os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, 4 * PAGE)
         memory = GuestMemory()

@@ -17,7 +17,6 @@ from tests.hostd.guest import ROOT
 from tests.support.wait import wait_until
 from vfsmount.errors import UsageError
 from vfsmount.hostd import Server, listen, serve
-from vfsmount.hostd.server import SocketFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ def path() -> Iterator[str]:
 
 @contextmanager
 def running(share: Share, path: str) -> Iterator[Server]:
-    server = Server(share, listen(path), file=SocketFile(path))
+    server = Server(share, listen(path), path=path)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -73,7 +72,7 @@ def test_stopping_sends_guests_away(share: Share, path: str) -> None:
 
 
 def test_stopping_twice_and_before_running(share: Share, path: str) -> None:
-    server = Server(share, listen(path), file=SocketFile(path))
+    server = Server(share, listen(path), path=path)
     server.stop()
     server.run()
     server.stop()

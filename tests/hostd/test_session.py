@@ -52,9 +52,7 @@ def test_without_max_pages_the_old_limit_holds(guest: DirectGuest) -> None:
 
 def test_flags_that_are_not_served_yet_are_never_offered(folder: Path) -> None:
     unserved = (
-        InitFlag.POSIX_LOCKS
-        | InitFlag.FLOCK_LOCKS
-        | InitFlag.POSIX_ACL
+        InitFlag.POSIX_ACL
         | InitFlag.DONT_MASK
         | InitFlag.SECURITY_CTX
         | InitFlag.MAP_ALIGNMENT
@@ -172,11 +170,7 @@ def test_interrupts_and_notify_replies_are_not_answered(guest: DirectGuest) -> N
 @pytest.mark.parametrize(
     ("opcode", "body"),
     [
-        (Opcode.GETLK, bytes(48)),
-        (Opcode.SETLK, bytes(48)),
-        (Opcode.SETLKW, bytes(48)),
         (Opcode.BMAP, bytes(16)),
-        (Opcode.IOCTL, bytes(32)),
         (Opcode.POLL, bytes(24)),
         (Opcode.SETUPMAPPING, bytes(40)),
         (Opcode.REMOVEMAPPING, bytes(4)),

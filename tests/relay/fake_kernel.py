@@ -98,6 +98,7 @@ async def on_stage(
     features: int = ALL_FEATURES,
     clears_set_id: bool = True,
     quiet_flush: bool = False,
+    heeds_interrupts: bool = False,
 ) -> AsyncIterator[Stage]:
     """Run a relay between a fake kernel and a fake device."""
     theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -121,6 +122,7 @@ async def on_stage(
                 clears_set_id,
                 lambda violation: token.run_sync_soon(channel.fail, violation),
                 quiet_flush=quiet_flush,
+                heeds_interrupts=heeds_interrupts,
             )
             thread = threading.Thread(target=_run, args=(stage,), daemon=True)
             thread.start()

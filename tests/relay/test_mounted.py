@@ -286,7 +286,16 @@ def test_locks_between_two_mounts(kind: str) -> None:
         with (two.path / "file").open("r+b") as file:
             with held(one.path / "file", kind), pytest.raises(BlockingIOError):
                 lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+            def is_given_up() -> bool:
+                try:
+                    lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return False
+                return True
+
+            # The kernel gives a flock up with the RELEASE, for which no close waits.
+            wait_until(is_given_up, 5, "the lock to be given up")
             lock(file, fcntl.LOCK_UN)
 
 

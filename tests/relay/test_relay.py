@@ -263,11 +263,27 @@ async def test_a_flush_goes_to_the_device_when_something_was_written() -> None:
         assert seen == [Opcode.WRITE, Opcode.FLUSH, Opcode.WRITE, Opcode.RELEASE]
 
 
-async def test_every_flush_goes_to_a_device_that_has_locks() -> None:
+async def test_every_flush_goes_to_the_device_below_write_back() -> None:
     keeper = Keeper()
     async with on_stage(keeper) as stage:
         await stage.call(Opcode.FLUSH, 9, fuse.FLUSH_IN.values(5, 7))
         assert [one.header.opcode for one in keeper.others] == [Opcode.FLUSH]
+
+
+@pytest.mark.parametrize("opcode", [Opcode.SETLK, Opcode.SETLKW])
+async def test_a_flush_goes_to_the_device_when_something_was_locked(opcode: Opcode) -> None:
+    flush = fuse.FLUSH_IN.values(5, 7)
+    keeper = Keeper()
+    async with on_stage(keeper, quiet_flush=True) as stage:
+        await stage.call(opcode, 9, WAIT)
+        for node in (9, 10, 9):
+            await stage.call(Opcode.FLUSH, node, flush)
+        seen = [(one.header.opcode, one.header.nodeid) for one in keeper.others]
+        assert seen == [(opcode, 9), (Opcode.FLUSH, 9), (Opcode.FLUSH, 9)]
+
+        stage.send(Opcode.FORGET, 9, fuse.FORGET_IN.values(1))
+        await stage.call(Opcode.FLUSH, 9, flush)
+        assert [one.header.opcode for one in keeper.others].count(Opcode.FLUSH) == 2
 
 
 CAPABILITY = fuse.GETXATTR_IN.values(20) + b"security.capability\0"
@@ -371,6 +387,37 @@ async def test_an_owner_that_locked_something_else_meanwhile_keeps_the_grant() -
         await stage.nothing_comes()
 
         assert [one.header.opcode for one in keeper.others] == [Opcode.SETLK]
+
+
+async def test_a_device_that_heeds_interrupts_ends_the_wait_itself() -> None:
+    keeper = Keeper(Opcode.SETLKW)
+    async with on_stage(keeper, heeds_interrupts=True) as stage:
+        unique = stage.send(Opcode.SETLKW, 9, WAIT)
+        await keeper.wait_kept(1)
+        stage.interrupt(unique)
+        interrupt = await keeper.wait_other(Opcode.INTERRUPT)
+        assert fuse.INTERRUPT_IN.unpack(interrupt.body).unique == keeper.kept[0].header.unique
+        await stage.nothing_comes()
+
+        keeper.kept[0].reply(error=-errno.EINTR)
+
+        reply = await stage.receive()
+        assert (reply.unique, reply.errno) == (unique, errno.EINTR)
+        await stage.call(Opcode.SETLK, 9, WAIT)
+
+
+async def test_a_device_that_heeds_interrupts_is_told_of_waits_alone() -> None:
+    keeper = Keeper(Opcode.LOOKUP)
+    async with on_stage(keeper, heeds_interrupts=True) as stage:
+        unique = stage.send(Opcode.LOOKUP, 1, b"name\0", pid=1)
+        await keeper.wait_kept(1)
+        stage.interrupt(unique)
+        stage.interrupt(unique + 100)
+        await stage.nothing_comes()
+        await stage.call(Opcode.ACCESS, 1, bytes(8))
+        assert [one.header.opcode for one in keeper.others] == [Opcode.ACCESS]
+        keeper.kept[0].reply(ENTRY)
+        await stage.receive()
 
 
 async def test_an_interrupt_for_what_was_answered_is_nothing() -> None:

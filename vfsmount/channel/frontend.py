@@ -31,7 +31,6 @@ from vfsmount.wire.vhost_user import (
     ConfigRange,
     FdWord,
     FrontendRequest,
-    InflightDescription,
     MemoryTable,
     Payload,
     ProtocolFeature,
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
     from vfsmount.channel.options import ChannelOptions
     from vfsmount.channel.rings import DriverQueue
 
-__all__ = ["DeviceOffer", "Frontend", "InflightRegion"]
+__all__ = ["DeviceOffer", "Frontend"]
 
 _REQ = FrontendRequest
 _PF = ProtocolFeature
@@ -89,13 +88,6 @@ class DeviceOffer(NamedTuple):
         return max((self.num_queues or 2) - virtio_fs.first_request_queue(False), 1)
 
 
-class InflightRegion(NamedTuple):
-    """The back-end's record of what is in flight, which we keep for its successor."""
-
-    description: InflightDescription
-    fd: int
-
-
 class Frontend:
     """One vhost-user connection, from our end.
 
@@ -106,14 +98,12 @@ class Frontend:
     Attributes:
         features: Virtio features acked; what is offered until they have been.
         protocol_features: Protocol features acked.
-        inflight: The in-flight region, when the back-end has one; its descriptor is ours.
         on_lost: Called once when the connection ends or turns to garbage.
     """
 
     def __init__(self, sock: MessageSocket, timeout: float) -> None:
         self.features = 0
         self.protocol_features = 0
-        self.inflight: InflightRegion | None = None
         self.on_lost: Callable[[ChannelBroken], None] | None = None
         self._socket = sock
         self._timeout = timeout
@@ -129,9 +119,6 @@ class Frontend:
         if self._answer is not None:
             close_all(self._answer.fds)
             self._answer = None
-        if self.inflight is not None:
-            close_all([self.inflight.fd])
-            self.inflight = None
 
     # --- one request ---
 
@@ -141,8 +128,8 @@ class Frontend:
         """Send a request; wait for its reply, or for an acknowledgement where those are negotiated.
 
         Returns:
-            The payload of the reply; None for an acknowledgement. Descriptors of replies other than
-            GET_INFLIGHT_FD are closed.
+            The payload of the reply; None for an acknowledgement. Descriptors of replies are
+            closed.
 
         Raises:
             FeatureMissing: The request needs a feature that is not negotiated; nothing was sent.
@@ -197,19 +184,14 @@ class Frontend:
             ) from lost
 
     def _accept(self, request: FrontendRequest, message: Message) -> Payload:
-        fds = message.fds
         try:
             if message.header.request != request or not message.header.is_reply:
                 raise WireError(f"message {message.header.request} came instead of the answer")
             record = decode_reply(request, message.payload)
-            if request == _REQ.GET_INFLIGHT_FD and isinstance(record, InflightDescription):
-                if len(fds) != 1:
-                    raise WireError(f"{len(fds)} descriptors, expected 1")
-                self.inflight, fds = InflightRegion(record, fds[0]), []
         except WireError as error:
             raise HandshakeError(f"bad answer to {request.name}: {error}", _SEE_LOG) from error
         finally:
-            close_all(fds)
+            close_all(message.fds)
         if FRONTEND_MESSAGES[request].reply is not None:
             return record
         if record != ACK_OK:
@@ -324,20 +306,6 @@ class Frontend:
             await self.call(_REQ.ADD_MEM_REG, memory.region, [memory.fd])
         else:
             await self.call(_REQ.SET_MEM_TABLE, MemoryTable((memory.region,)), [memory.fd])
-
-    async def share_inflight(self, num_queues: int, queue_size: int) -> None:
-        """Let the back-end keep its record of what is in flight with us, where it can.
-
-        Raises:
-            HandshakeError: As ``call``.
-        """
-        if not self.protocol_features & _PF.INFLIGHT_SHMFD:
-            return
-        wanted = InflightDescription(0, 0, num_queues, queue_size)
-        await self.call(_REQ.GET_INFLIGHT_FD, wanted)
-        if self.inflight is not None:
-            region = self.inflight
-            await self.call(_REQ.SET_INFLIGHT_FD, region.description, [region.fd])
 
     async def start_queue(self, queue: DriverQueue, user_base: int) -> None:
         """Set one ring up. Fresh eventfds, CALL before KICK; no kick before ``finish``.

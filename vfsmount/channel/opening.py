@@ -151,7 +151,6 @@ async def open_channel(
         server = await _open_backend_channel(frontend, closing, table)
         await frontend.accept_features(offer, options)
         memory, arena, queues = _allocate(frontend.features, options, closing)
-        await frontend.share_inflight(len(queues), options.queue_size)
         await frontend.share(memory)
         for queue in queues:
             await frontend.start_queue(queue, GUEST_BASE)

@@ -282,7 +282,7 @@ class DriverQueue:
         )
         return self.ring.reserve(GUEST_BASE + at - _TABLE_SIZE)
 
-    def submit_reserved(self, pending: Pending, head: int, at: int, size: int) -> None:
+    def submit_reserved(self, pending: Pending, head: int, at: int, size: int, kick: bool) -> None:
         """As ``submit_placed``, quicker, and there is always room.
 
         ``at`` is what the head was reserved for, a multiple of 8: most of the table stands.
@@ -292,9 +292,15 @@ class DriverQueue:
         words[word + 2] = size
         words[word + 6] = pending.writable
         self._quads[(word >> 1) + 2] = GUEST_BASE - _OUT + pending.data_at
-        self.ring.add_reserved(head)
         self._outstanding[head] = pending
         pending.state = SENT
+        if not kick:
+            self.ring.add_reserved(head)
+        elif self.ring.send_reserved(head):
+            self.kicks += 1
+            _notify(self.kick_fd, 1)
+        else:
+            self.kicks_saved += 1
 
     def submit_raw(
         self, pending: Pending, readable: Sequence[bytes], writable: Sequence[int]
@@ -382,14 +388,14 @@ class DriverQueue:
         head, written = used
         pending = self._outstanding[head]
         assert pending is not None
-        if written > pending.writable:
+        writable = pending.writable
+        if written > writable:
             raise ProtocolViolation(
-                f"the device wrote {written} bytes to {pending}, there is room for"
-                f" {pending.writable}"
+                f"the device wrote {written} bytes to {pending}, there is room for {writable}"
             )
         if pending.opcode < 0:
             pending.length = written
-        elif pending.writable:
+        elif writable:
             at = pending.data_at - _OUT
             quad, quads = at >> 3, self._quads
             # Length and error are one load, which is the length alone when all is well.

@@ -178,6 +178,23 @@ class Virtqueue:
         self._next = (following + 1) & INDEX_MASK
         self.outstanding += 1
 
+    def send_reserved(self, head: int) -> bool:
+        """``add_reserved`` and ``publish`` in one."""
+        self._chains[head] = _RESERVED
+        new = self._next
+        avail = self._avail
+        avail[_SLOTS + (new & self._mask)] = head
+        self._next = new = (new + 1) & INDEX_MASK
+        self.outstanding += 1
+        if not self._strong or not self._event_idx:
+            return self.publish()
+        moved = (new - self._published) & INDEX_MASK
+        avail[_IDX] = self._published = new
+        if (new - self._used[self._avail_event] - 1) & INDEX_MASK < moved:
+            return True
+        self._fence()
+        return (new - self._used[self._avail_event] - 1) & INDEX_MASK < moved
+
     def add_chain(self, parts: Sequence[Part]) -> int:
         """Add a chain of direct descriptors, readable parts first; return its head.
 
@@ -233,9 +250,10 @@ class Virtqueue:
                 head, or not one that is outstanding.
         """
         last = self._last_used
-        count = (self._used[_IDX] - last) & INDEX_MASK
-        if not count:
+        index = self._used[_IDX]
+        if index == last:
             return None
+        count = (index - last) & INDEX_MASK
         if count > self.outstanding:
             raise ProtocolViolation(
                 f"the device used {count} buffers, only {self.outstanding} were available"
@@ -243,8 +261,9 @@ class Virtqueue:
         if not self._strong:
             self._fence()
         at = 2 * (last & self._mask)
-        head = self._elements[at]
-        length = self._elements[at + 1]
+        elements = self._elements
+        head = elements[at]
+        length = elements[at + 1]
         chain = self._chains[head] if head < self.size else None
         if chain is None:
             raise ProtocolViolation(f"the device used descriptor {head}, which is not available")

@@ -23,6 +23,7 @@ from vfsmount.client.eager import eager_trio
 from vfsmount.client.operations import VirtioFsOperations
 from vfsmount.client.relay import Relay
 from vfsmount.client.relay_init import flags_to_withdraw, init_answer
+from vfsmount.client.time_slice import lengthen_slice
 from vfsmount.errors import MountError, WireError
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import InitFlag, Opcode
@@ -142,7 +143,7 @@ class Pyfuse3Engine:
         return 0
 
     def dax_facts(self) -> dict[str, Any]:
-        """Nothing yet."""
+        """Nothing but what the session does."""
         return {}
 
 
@@ -211,10 +212,16 @@ class RelayEngine:
         clears = bool(facts.flags & (InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2))
         # The kernel writes back only where the daemon has agreed.
         policy = replace(self._policy, writeback=InitFlag.WRITEBACK_CACHE in self._flags)
-        # A FLUSH gives POSIX locks up at a daemon that has them, and ends write-back.
-        quiet = not self._flags & (InitFlag.POSIX_LOCKS | InitFlag.WRITEBACK_CACHE)
         self._relay = relay = Relay(
-            self._device, loan, policy, largest, clears, violated, quiet_flush=quiet
+            self._device,
+            loan,
+            policy,
+            largest,
+            clears,
+            violated,
+            quiet_flush=not policy.writeback,  # which a FLUSH ends
+            keeps_locks=InitFlag.POSIX_LOCKS in self._flags,
+            heeds_interrupts=fuse.HEEDS_INTERRUPT in facts.flags,
         )
         ended = trio.Event()
         # A thread of our own, and a daemon one: if the worst comes to the worst, the process ends.
@@ -237,6 +244,7 @@ class RelayEngine:
             self._relay.fail(error)
 
     def _run_thread(self, relay: Relay, token: trio.lowlevel.TrioToken, ended: trio.Event) -> None:
+        lengthen_slice()
         try:
             relay.run()
         except BaseException as error:  # top of a thread: told to the event loop

@@ -411,6 +411,10 @@ class VirtioFsOperations(pyfuse3.Operations):
         node = self.nodes[inode]
         if name == _CAPABILITY and time.monotonic() < node.no_capability_until:
             raise FUSEError(errno.ENODATA)
+        if name == _CAPABILITY and self._session.dax is not None:
+            value = self._session.dax.xattr(node.nodeid, name)
+            if value is not None:
+                return value
         try:
             return await self._session.getxattr(node.nodeid, name, caller=ctx)
         except RemoteErrno as error:

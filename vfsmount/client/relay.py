@@ -58,6 +58,7 @@ from vfsmount.client.relay_rewrite import reply_rewriters
 from vfsmount.client.relay_rooms import largest_request, room_for_reply
 from vfsmount.client.relay_slots import Slot, SlotPool
 from vfsmount.errors import ProtocolViolation
+from vfsmount.wire import fuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,12 +75,13 @@ _TRIM_SECONDS: Final = 1.0
 _KEEP: Final = 4 << 20
 #: Single reads after which the relay stops to look for a second request before it kicks.
 _BURST: Final = 8
-#: RELEASEs that wait for a kick without company.
-_POSTED_AT_ONCE: Final = 16
 #: Nanoseconds that they may wait for it, however long the search for something to do is.
 _POSTED_NS: Final = 10_000_000
 
 _IN_HEADER: Final = struct.Struct("<IIQQ").unpack_from  # len, opcode, unique, nodeid
+
+_U32: Final = struct.Struct("<I").unpack_from
+_OUT: Final = fuse.OUT_HEADER.size
 
 
 class Relay:
@@ -94,10 +96,10 @@ class Relay:
         max_message: Bytes of the largest READ or WRITE.
         clears_set_id: The daemon takes set-id bits off when a WRITE says so.
         on_violation: Called in this thread when the daemon breaks the rules.
-        quiet_flush: A FLUSH means nothing to the daemon but "tell me of errors in writing": it has
-            no locks of ours. Then one of a handle that wrote nothing is answered here.
-        forwards_interrupts: The daemon can give requests up: tell it, on the hiprio queue, and let
-            it answer. No daemon of today can.
+        quiet_flush: A FLUSH means nothing to the daemon but "tell me of errors in writing", and "I
+            give my locks up". Then one that says neither is answered here.
+        keeps_locks: The daemon has POSIX locks of ours.
+        heeds_interrupts: The daemon ends a wait for a lock when it is told to, on the hiprio queue.
 
     Attributes:
         ended: ``run`` touches nothing any more.
@@ -139,7 +141,8 @@ class Relay:
         on_violation: Callable[[ProtocolViolation], None],
         *,
         quiet_flush: bool = False,
-        forwards_interrupts: bool = False,
+        keeps_locks: bool = False,
+        heeds_interrupts: bool = False,
     ) -> None:
         self.ended = False
         self._orders = Orders(on_violation)
@@ -165,14 +168,15 @@ class Relay:
             self._device,
             self._opens,
             quiet_flush=quiet_flush,
-            forwards_interrupts=forwards_interrupts,
+            heeds_interrupts=heeds_interrupts,
         )
         self._late = rules.late = LateReplies(loan, self._kernel, self._device, rules.forget)
         self._answers = Answers(
             loan, policy, self._kernel, self._opens, self._late, rules.capabilities
         )
         modes = None if clears_set_id else rules.modes
-        rewriters = reply_rewriters(policy, modes, self._opens.fresh, no_flush=quiet_flush)
+        no_flush = quiet_flush and not keeps_locks
+        rewriters = reply_rewriters(policy, modes, self._opens.fresh, no_flush=no_flush)
         self._routes = make_routes(rules, rewriters, checks_opens=policy.revalidate)
         # Two sets to sleep on: with and without the kernel's requests (back-pressure). Calls are
         # edge triggered, because the eventfd is shared with the daemon and is never read.
@@ -319,36 +323,41 @@ class Relay:
             slot = self._spare_slot()
             if slot is None:
                 return False
-        readinto = self._kernel.readinto
-        got = readinto(slot.view)
+        got = self._kernel.readinto(slot.view)
         if not got:
             if got is None:
                 return False
             raise OSError(errno.ENODEV, "end of file")  # only something else than /dev/fuse has one
-        ring = self._queue.ring
-        before, posted = ring.outstanding, device.posted
-        if before > posted:
-            self._burst = _BURST
-        while got:
-            if self._take(slot):
-                self._spare = None
-                if not self._burst:
-                    break
-                following = self._spare_slot()
-                if following is None:
-                    break
-                slot = following
-            got = readinto(slot.view)
-        added = ring.outstanding - before - device.posted + posted
-        if added or device.posted >= _POSTED_AT_ONCE:
-            device.kick()
-            if added == 1 and self._burst:
-                self._burst -= 1
+        if self._burst or self._queue.ring.outstanding > device.posted:
+            self._read_more(slot)
+        elif self._take(slot, True):
+            self._spare = None
         if self._asleep:
             self._asleep = False
         elif self._idle.nanoseconds < self._idle.limit:
             self._idle.hit()
         return True
+
+    def _read_more(self, slot: Slot) -> None:
+        """Hand on what was read to ``slot``, and what else the kernel has; then kick once."""
+        device, ring = self._device, self._queue.ring
+        before, posted = ring.outstanding, device.posted
+        if before > posted:
+            self._burst = _BURST
+        got: int | None = 1
+        while got:
+            if self._take(slot, False):
+                self._spare = None
+                following = self._spare_slot()
+                if following is None:
+                    break
+                slot = following
+            got = self._kernel.readinto(slot.view)
+        added = ring.outstanding - before - device.posted + posted
+        if added:
+            device.kick()
+            if added == 1:
+                self._burst -= 1
 
     def _spare_slot(self) -> Slot | None:
         """The slot to read into; None when the kernel has to wait."""
@@ -358,8 +367,8 @@ class Relay:
             self._spare = self._pool.take()
         return self._spare
 
-    def _take(self, slot: Slot) -> bool:
-        """Hand one request on; return whether it needs its slot from now on."""
+    def _take(self, slot: Slot, kick: bool) -> bool:
+        """Hand one request on, and kick; return whether it needs its slot from now on."""
         at = slot.at
         memory = self._map
         size, opcode, unique, nodeid = _IN_HEADER(memory, at)
@@ -376,7 +385,12 @@ class Relay:
         if route.room:
             slot.data_at = slot.small
             slot.writable = route.room
-        elif not slot.make_room(size, room_for_reply(opcode, memory, at)):
+        elif not slot.make_room(
+            size,
+            _U32(memory, at + route.size_at)[0] + _OUT
+            if route.size_at
+            else room_for_reply(opcode, memory, at),
+        ):
             self._kernel.answer(unique, errno.EIO)
             return False
         slot.started_ns = perf_counter_ns()
@@ -385,9 +399,13 @@ class Relay:
         if route.special is not None and route.special(slot, at, size, nodeid):
             return True
         if slot.head >= 0:
-            self._queue.submit_reserved(slot, slot.head, at, size)
+            self._queue.submit_reserved(slot, slot.head, at, size, kick)
+            if kick:
+                self._device.posted = 0
         else:
             self._device.submit(slot)
+            if kick:
+                self._device.kick()
         return True
 
     # --- replies ---------------------------------------------------------------------------------

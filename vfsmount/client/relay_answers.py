@@ -95,7 +95,7 @@ class Answers:
             if slot.errno:
                 self._answer_error(slot)
                 return
-        else:  # count, written out
+        else:
             self.counted_ns = now = perf_counter_ns()
             counter.add(now - slot.started_ns)
         at, length = slot.data_at, slot.length
@@ -107,8 +107,14 @@ class Answers:
         if slot.answers != slot.unique:
             self._kernel.answer(slot.answers)
             return
+        if at == slot.small and length in slot.views:
+            view = slot.views[length]
+        elif at == slot.wide_at and length == slot.wide_length:
+            view = slot.wide
+        else:
+            view = slot.reply(self._view)
         try:
-            self._write(self._view[at - _OUT : at + length])
+            self._write(view)
         except OSError as error:
             self._refused(slot, error)
 

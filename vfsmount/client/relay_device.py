@@ -62,7 +62,7 @@ class DevicePort:
     def submit(self, slot: Slot) -> None:
         """Hand a slot over; the device learns of it with the next kick."""
         if slot.head >= 0:
-            self._queue.submit_reserved(slot, slot.head, slot.at, slot.size)
+            self._queue.submit_reserved(slot, slot.head, slot.at, slot.size, False)
         elif not self._queue.submit_placed(slot, slot.at, slot.size):
             self.stalled.append(slot)
 
@@ -107,15 +107,14 @@ class DevicePort:
         while self.undoing and self._queue.submit(self.undoing[0]):
             self.undoing.pop(0).state = ABANDONED
 
-    def send_aside(self, opcode: int, body: bytes) -> None:
-        """Send a request without a reply on the hiprio queue; it is dropped where there is no room.
-
-        Nothing may depend on it, INTERRUPT for instance.
-        """
+    def send_aside(self, opcode: int, body: bytes) -> bool:
+        """Send a request without a reply on the hiprio queue; False without room."""
         pending = Pending(opcode, 0, body, None, -1, 0, 0, 0, 0, None)
         self.reap_aside()
-        if self._orders.error is None and self._loan.hiprio.submit(pending):
-            pending.state = ABANDONED
+        if self._orders.error is not None or not self._loan.hiprio.submit(pending):
+            return False
+        pending.state = ABANDONED
+        return True
 
     def forget(self, nodeid: int, nlookup: int) -> None:
         """Give references back, in company."""

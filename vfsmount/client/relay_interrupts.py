@@ -1,8 +1,9 @@
 """INTERRUPT: who may be answered before the daemon is, so that nobody hangs and nothing is lost.
 
 The kernel sends INTERRUPT once for a request whose caller got *any* signal, and goes on waiting
-for the reply. No daemon of today can be asked to give a request up (virtiofsd in Rust ignores
-INTERRUPT, the C one crashes on it), so it is decided here:
+for the reply. The bundled daemon ends a wait for a lock when it is told, and it is; other daemons
+cannot be asked to give a request up (virtiofsd in Rust ignores INTERRUPT, the C one crashes on it),
+so for them, and for all other requests, it is decided here:
 
 * A wait for a lock (SETLKW) ends at once with EINTR, as fcntl(2) says. At the daemon it goes on:
   it is an *orphan*. The same wait asked for again adopts the orphan instead of standing in line
@@ -25,7 +26,7 @@ from vfsmount.wire import fuse
 from vfsmount.wire.fuse import LockType, Opcode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
     from vfsmount.client.relay_slots import Slot
 
@@ -86,16 +87,12 @@ class Interrupts:
         """Whether there is anybody to look at from time to time."""
         return bool(self._waiting)
 
-    def interrupt(self, unique: int, in_flight: Iterable[Slot]) -> None:
-        """The caller of the request that the kernel calls ``unique`` got a signal."""
-        for slot in in_flight:
-            if slot.answers == unique:
-                if slot.opcode == _SETLKW:
-                    self._orphan(slot)
-                else:
-                    self._waiting.append((slot, unique))
-                return
-        # Answered meanwhile: the kernel has the reply, or will when it looks.
+    def interrupt(self, slot: Slot) -> None:
+        """The caller of a request that is in flight got a signal."""
+        if slot.opcode == _SETLKW:
+            self._orphan(slot)
+        else:
+            self._waiting.append((slot, slot.answers))
 
     def look(self) -> None:
         """Let go of callers that are being killed."""

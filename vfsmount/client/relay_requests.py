@@ -24,7 +24,7 @@ from vfsmount.client.relay_memory import (
 )
 from vfsmount.client.relay_opens import CHANGES
 from vfsmount.client.relay_rewrite import flags_below_writeback
-from vfsmount.client.relay_rooms import small_rooms
+from vfsmount.client.relay_rooms import named_rooms, small_rooms
 from vfsmount.client.relay_slots import SMALL_REPLY
 from vfsmount.client.session import setattr_in
 from vfsmount.wire import fuse
@@ -54,11 +54,15 @@ _IN: Final = fuse.IN_HEADER.size
 _PUT_U32: Final = struct.Struct("<I").pack_into
 _U32: Final = struct.Struct("<I").unpack_from
 _U64: Final = struct.Struct("<Q").unpack_from
+_SETLKW: Final = int(Opcode.SETLKW)
 _OPCODE_AT: Final = 4
 _FORGET_ONE: Final = struct.Struct("<QQ").unpack_from
 _RELEASE_FLAGS_AT: Final = _IN + 12  # release_in: fh, flags, release_flags
 _FLOCK_UNLOCK: Final = int(fuse.ReleaseFlag.FLOCK_UNLOCK)
 _COPY_TARGET_AT: Final = 24  # copy_file_range_in: fh_in, off_in, nodeid_out, fh_out
+
+#: RELEASEs that wait for a kick without company.
+_POSTED_AT_ONCE: Final = 16
 
 #: Routes that are made; opcodes above share one, on which the daemon decides.
 ROUTES: Final = max(Opcode.COPY_FILE_RANGE_64, 63) + 1
@@ -72,19 +76,22 @@ class Route:
         special: Sees a slot that is ready to go; None for most.
         room: Bytes of the reply, header included, where that is always the same and little; 0
             where it has to be found out.
+        size_at: Offset in the request of the bytes that the reply may have besides its header; 0
+            where that is not all.
         changes: It may change attributes.
         is_known: It is the route of this opcode alone.
         rewrite: Puts the cache policy's values into the reply; None for most.
         counter: Counts replies, from the first one on.
     """
 
-    __slots__ = ("changes", "counter", "is_known", "local", "rewrite", "room", "special")
+    __slots__ = ("changes", "counter", "is_known", "local", "rewrite", "room", "size_at", "special")
 
     def __init__(self, *, is_known: bool) -> None:
         self.is_known = is_known
         self.local: Handler | None = None
         self.special: Handler | None = None
         self.room = 0
+        self.size_at = 0
         self.changes = False
         self.rewrite: Rewriter | None = None
         self.counter: OpcodeCounter | None = None
@@ -103,6 +110,8 @@ def make_routes(
     routes = [Route(is_known=opcode < ROUTES) for opcode in range(ROUTES + 1)]
     for opcode, room in small_rooms(SMALL_REPLY).items():
         routes[opcode].room = room
+    for opcode, size_at in named_rooms().items():
+        routes[opcode].size_at = size_at
     for opcode, handler in rules.local().items():
         routes[opcode].local = handler
     for opcode, handler in rules.special(checks_opens=checks_opens).items():
@@ -124,8 +133,9 @@ class RequestRules:
         device: Gets what is handed over in another way.
         opens: Checks OPENs.
         late: Knows waits for locks that go on without their callers.
-        quiet_flush: A FLUSH means nothing to the daemon but "tell me of errors in writing".
-        forwards_interrupts: The daemon can give requests up.
+        quiet_flush: Where nothing was locked, a FLUSH means nothing to the daemon but "tell me of
+            errors in writing".
+        heeds_interrupts: The daemon ends a wait for a lock when it is told of an interrupt.
 
     Attributes:
         modes: Files with set-id bits.
@@ -141,7 +151,7 @@ class RequestRules:
         opens: OpenChecks,
         *,
         quiet_flush: bool,
-        forwards_interrupts: bool,
+        heeds_interrupts: bool,
     ) -> None:
         self.modes = SetIdMemory()
         self.capabilities = CapabilityMemory(policy.attr_timeout)
@@ -152,10 +162,12 @@ class RequestRules:
         self._device = device
         self._opens = opens
         self._quiet_flush = quiet_flush
-        self._forwards_interrupts = forwards_interrupts
+        self._heeds_interrupts = heeds_interrupts
         self._writeback = policy.writeback
         #: Handles that wrote since their last FLUSH.
         self._wrote: set[int] = set()
+        #: Nodes that the daemon may have POSIX locks on; a FLUSH gives its owner's up.
+        self._locked: set[int] = set()
 
     def local(self) -> dict[int, Handler]:
         """Return what sees requests first, by opcode."""
@@ -200,6 +212,7 @@ class RequestRules:
         """References to a node are given back; so is what is known of it."""
         self.capabilities.drop(nodeid)
         self.modes.drop(nodeid)
+        self._locked.discard(nodeid)
         self._opens.forget(nodeid)
         self._device.forget(nodeid, nlookup)
 
@@ -214,18 +227,25 @@ class RequestRules:
         return True
 
     def _interrupt(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
-        victim = _U64(self._map, at + _IN)[0]
-        if self._forwards_interrupts:
-            self._device.send_aside(Opcode.INTERRUPT, fuse.INTERRUPT_IN.values(victim))
-        else:
-            self.late.interrupts.interrupt(victim, self._device.in_flight())
+        unique = _U64(self._map, at + _IN)[0]
+        victim = next((one for one in self._device.in_flight() if one.answers == unique), None)
+        # One that was answered meanwhile needs nothing: the kernel has the reply, or will.
+        if victim is not None and not self._forward(victim):
+            self.late.interrupts.interrupt(victim)
         return True
+
+    def _forward(self, victim: Slot) -> bool:
+        """Have the daemon end a wait for a lock, if it does such things."""
+        if not self._heeds_interrupts or victim.opcode != _SETLKW:
+            return False
+        body = fuse.INTERRUPT_IN.values(victim.unique)
+        return self._device.send_aside(Opcode.INTERRUPT, body)
 
     # --- handles ---
 
-    def _flush(self, slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+    def _flush(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
         handle = _U64(self._map, at + _IN)[0]
-        if handle in self._wrote:
+        if handle in self._wrote or nodeid in self._locked:
             self._wrote.discard(handle)
             return False
         self._kernel.answer(slot.answers)
@@ -263,10 +283,12 @@ class RequestRules:
         if slot.head < 0 or _U32(self._map, at + _RELEASE_FLAGS_AT)[0] & _FLOCK_UNLOCK:
             return False
         unique, slot.answers = slot.answers, 0
-        self._queue.submit_reserved(slot, slot.head, at, size)
+        self._queue.submit_reserved(slot, slot.head, at, size, False)
         slot.state = POSTED
         self._device.posted += 1
         self._kernel.answer(unique)
+        if self._device.posted >= _POSTED_AT_ONCE:
+            self._device.kick()
         return True
 
     def _note_write(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
@@ -308,10 +330,12 @@ class RequestRules:
     # --- locks ---
 
     def _lock(self, slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
+        self._locked.add(nodeid)
         self.late.interrupts.note_lock(nodeid, self.late.lock_of(slot))
         return False
 
     def _lock_wait(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
+        self._locked.add(nodeid)
         lock = self.late.lock_of(slot)
         if fuse.LK_IN.unpack(lock).type == LockType.UNLOCK:
             # Never waits; virtiofsd (C), which has no waiting, refuses it all the same.

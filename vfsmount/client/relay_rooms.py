@@ -11,7 +11,7 @@ from vfsmount.wire.fuse import Opcode
 if TYPE_CHECKING:
     import mmap
 
-__all__ = ["largest_request", "room_for_reply", "small_rooms"]
+__all__ = ["largest_request", "named_rooms", "room_for_reply", "small_rooms"]
 
 PAGE_SIZE: Final = 4096
 _IN: Final = fuse.IN_HEADER.size
@@ -55,6 +55,12 @@ _FIXED: Final = {int(Opcode.IOCTL): _OUT + fuse.IOCTL_OUT.size}
 def small_rooms(limit: int) -> dict[int, int]:
     """Return the room of each opcode whose reply is always the same and at most ``limit`` bytes."""
     return {opcode: room for opcode, room in enumerate(_ROOMS) if 0 < room <= limit}
+
+
+def named_rooms() -> dict[int, int]:
+    """Return where READs of all kinds say how much they ask for, from the request's beginning."""
+    opcodes = (Opcode.READ, Opcode.READDIR, Opcode.READDIRPLUS)
+    return {int(opcode): -_ROOMS[opcode] for opcode in opcodes}
 
 
 def room_for_reply(opcode: int, memory: mmap.mmap, at: int) -> int:

@@ -39,6 +39,9 @@ SMALL_REPLY: Final = _REQUEST - 32
 _UNIT: Final = 64 << 10
 #: Touched beyond this, a slot is worth trimming.
 _SMALL_USE: Final = 4 * _PAGE
+#: Views of small replies that a slot keeps; there are as many lengths as structs, but the device
+#: says how long a reply is.
+_VIEWS: Final = 16
 
 
 class Slot(Pending):
@@ -57,6 +60,9 @@ class Slot(Pending):
             for a lock that was interrupted and asked for again.
         check: What an OPEN has to know besides its reply; None for anything else.
         route: What is done with its opcode.
+        views: Small replies, header included, by the length of their bodies. A slice costs three
+            times as much as finding it here.
+        wide: The last reply that was not small, its ``data_at`` and length.
     """
 
     __slots__ = (
@@ -72,6 +78,10 @@ class Slot(Pending):
         "small",
         "touched",
         "view",
+        "views",
+        "wide",
+        "wide_at",
+        "wide_length",
     )
 
     def __init__(self, base: int, size: int, view: memoryview, head: int) -> None:
@@ -88,6 +98,9 @@ class Slot(Pending):
         self.size = 0
         self.answers = 0
         self.route: Route
+        self.views: dict[int, memoryview] = {}
+        self.wide: memoryview = view[:0]
+        self.wide_at = self.wide_length = -1
 
     def make_room(self, size: int, room: int) -> bool:
         """Say where the reply goes; False when it cannot be that long.
@@ -105,6 +118,22 @@ class Slot(Pending):
         if top > self.touched:
             self.touched = top
         return top <= self.end
+
+    def reply(self, memory: memoryview) -> memoryview:
+        """Return the reply, its header included, where ``views`` or ``wide`` do not have it yet."""
+        at, length = self.data_at, self.length
+        view = memory[at - _OUT : at + length]
+        if at != self.small:
+            self.wide.release()
+            self.wide, self.wide_at, self.wide_length = view, at, length
+        elif len(self.views) < _VIEWS:
+            self.views[length] = view
+        return view
+
+    def release(self) -> None:
+        """Let go of the memory."""
+        for view in (self.view, self.wide, *self.views.values()):
+            view.release()
 
 
 class SlotPool:
@@ -171,6 +200,6 @@ class SlotPool:
     def close(self) -> None:
         """Let go of the memory, which cannot be unmapped before."""
         for slot in self._slots:
-            slot.view.release()
+            slot.release()
         self._slots.clear()
         self._free.clear()

@@ -121,8 +121,9 @@ def dax_facts(mount: Mount, session: Session) -> dict[str, Any]:
         "why": _why_no_window(mount, session),
         "window_bytes": 0 if window is None else window.size,
         "range_bytes": 0 if window is None else window.range_size,
-        "mappings": 0 if window is None else window.mapped(),
     }
+    if session.dax is not None:
+        facts |= session.dax.statistics()._asdict()
     return facts | ({} if mount.engine is None else mount.engine.dax_facts())
 
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import trio
 
 from vfsmount.channel import ChannelOptions, open_channel
+from vfsmount.client.dax import Dax
 from vfsmount.dax_shm.window import Window
 from vfsmount.errors import (
     ChannelBroken,
@@ -89,6 +90,7 @@ GUEST_FLAGS = (
     | InitFlag.SECURITY_CTX
     | InitFlag.CREATE_SUPP_GROUP
     | InitFlag.DIRECT_IO_ALLOW_MMAP
+    | fuse.HEEDS_INTERRUPT
 )
 
 _NO_FLAGS = InitFlag(0)
@@ -194,12 +196,14 @@ class Session:
         channel: The virtqueues under the session, with their statistics.
         facts: What INIT settled.
         window: The DAX window; None without one.
+        dax: What it is used for; reads and writes go through it where they can.
     """
 
     def __init__(self, channel: Channel, nursery: trio.Nursery) -> None:
         self.channel = channel
         self.facts = InitFacts(0, InitFlag(0), 0, 0, 0, 1, 0)
         self.window: Window | None = None
+        self.dax: Dax | None = None
         self._nursery = nursery
         self._self = Caller(os.geteuid(), os.getegid(), os.getpid())
         self._offered = InitFlag(0)
@@ -244,6 +248,7 @@ class Session:
         self.window = None
         if window is not None and InitFlag.MAP_ALIGNMENT in accepted:
             self.window = window if window.align(self.facts.map_alignment) else None
+        self.dax = Dax(self, self.window, self._nursery.start_soon) if self.window else None
         if InitFlag.SECURITY_CTX in accepted:
             # Each creating request must carry a context then; none is a set of none.
             self._security = fuse.encode_extensions(fuse.Extensions(security=()))
@@ -277,6 +282,8 @@ class Session:
 
     def forget(self, nodeid: int, nlookup: int = 1) -> None:
         """FORGET: give back ``nlookup`` references. Never blocks, never fails, is batched."""
+        if self.dax is not None:
+            self.dax.forget(nodeid)
         self.channel.forget(nodeid, nlookup)
 
     async def mknod(
@@ -486,7 +493,10 @@ class Session:
         body = fuse.OPEN_IN.values(flags, open_flags)
         undo = partial(self._undo_open, Opcode.RELEASE, nodeid)
         reply = await self._send(Opcode.OPEN, nodeid, body, fuse.OPEN_OUT.size, caller, undo)
-        return self._unpack(Opcode.OPEN, fuse.OPEN_OUT, reply)
+        opened = self._unpack(Opcode.OPEN, fuse.OPEN_OUT, reply)
+        if self.dax is not None:
+            self.dax.opened(nodeid, opened.fh, flags)
+        return opened
 
     async def create(
         self,
@@ -502,7 +512,7 @@ class Session:
         """CREATE: make or open a regular file. One reference and one handle."""
         args = fuse.CREATE_IN.values(flags, mode, umask, open_flags)
         return await self._create(
-            Opcode.CREATE, parent, args + _names(name), caller, self._extensions(group)
+            Opcode.CREATE, parent, flags, args + _names(name), caller, self._extensions(group)
         )
 
     async def tmpfile(
@@ -517,13 +527,18 @@ class Session:
         """TMPFILE (7.37): a file without a name. Linux sends "/" where the name would be."""
         args = fuse.CREATE_IN.values(flags, mode, umask, 0)
         return await self._create(
-            Opcode.TMPFILE, parent, args + _names(b"/"), caller, self._extensions(group)
+            Opcode.TMPFILE, parent, flags, args + _names(b"/"), caller, self._extensions(group)
         )
 
     async def read(
         self, nodeid: int, fh: int, offset: int, size: int, caller: Identity | None = None
     ) -> bytes:
         """READ: up to ``size`` bytes (at most ``facts.max_read``); fewer only at the end."""
+        if self.dax is not None:
+            data = self.dax.read(nodeid, fh, offset, size)
+            if data is not None:
+                await self.dax.give_way()
+                return data
         body = fuse.READ_IN.values(fh, offset, size, 0, 0, 0)
         return await self._send(Opcode.READ, nodeid, body, size, caller)
 
@@ -535,6 +550,11 @@ class Session:
         The view points into shared memory, which the daemon can still write, and is valid only
         until anybody next calls into this session.
         """
+        if self.dax is not None:
+            data = self.dax.read(nodeid, fh, offset, size)
+            if data is not None:
+                await self.dax.give_way()
+                return memoryview(data)
         who = caller or self._self
         return await self.channel.request_view(
             Opcode.READ,
@@ -561,6 +581,11 @@ class Session:
         ``flags`` are those that the file was opened with: virtiofsd (Rust) appends only when
         O_APPEND is among them here, whatever it was at OPEN.
         """
+        if self.dax is not None:
+            done = self.dax.write(nodeid, fh, offset, data)
+            if done is not None:
+                await self.dax.give_way()
+                return done
         size = memoryview(data).nbytes
         body = fuse.WRITE_IN.values(fh, offset, size, write_flags, 0, flags)
         who = caller or self._self
@@ -610,6 +635,8 @@ class Session:
 
         Without ``wait`` it goes with the next request, or within 10 ms, and its reply is ignored.
         """
+        if self.dax is not None:
+            self.dax.released(fh)
         body = fuse.RELEASE_IN.values(fh, flags, release_flags, lock_owner)
         await self._release(Opcode.RELEASE, nodeid, body, caller, wait)
 
@@ -681,9 +708,14 @@ class Session:
     async def setlk(
         self, nodeid: int, lock: fuse.LkIn, wait: bool = False, caller: Identity | None = None
     ) -> None:
-        """SETLK, or SETLKW when it may ``wait``."""
+        """SETLK, or SETLKW when it may ``wait``.
+
+        A lock that is granted after this was cancelled is given up again.
+        """
         opcode = Opcode.SETLKW if wait else Opcode.SETLK
-        self._nothing(opcode, await self._send(opcode, nodeid, fuse.LK_IN.pack(lock), 0, caller))
+        undo = partial(self._undo_lock, nodeid, lock)
+        body = fuse.LK_IN.pack(lock)
+        self._nothing(opcode, await self._send(opcode, nodeid, body, 0, caller, undo))
 
     async def ioctl(
         self,
@@ -898,7 +930,13 @@ class Session:
         return self._checked(self._unpack(opcode, fuse.ENTRY_OUT, reply))
 
     async def _create(
-        self, opcode: int, parent: int, body: bytes, caller: Identity | None, extensions: bytes
+        self,
+        opcode: int,
+        parent: int,
+        flags: int,
+        body: bytes,
+        caller: Identity | None,
+        extensions: bytes,
     ) -> tuple[fuse.EntryOut, fuse.OpenOut]:
         reply = await self._send(
             opcode,
@@ -912,7 +950,10 @@ class Session:
         if len(reply) != _WANTS_OPENED:
             raise self._violation(f"reply to {fuse.opcode_name(opcode)} of {len(reply)} bytes")
         entry = self._checked(fuse.ENTRY_OUT.unpack(reply))
-        return entry, fuse.OPEN_OUT.unpack(reply, fuse.ENTRY_OUT.size)
+        opened = fuse.OPEN_OUT.unpack(reply, fuse.ENTRY_OUT.size)
+        if self.dax is not None:
+            self.dax.opened(entry.nodeid, opened.fh, flags)
+        return entry, opened
 
     def _extensions(self, group: int | None) -> bytes:
         if group is None or not self._supp_group:
@@ -982,6 +1023,14 @@ class Session:
         if len(reply) == fuse.OPEN_OUT.size:
             body = fuse.RELEASE_IN.values(fuse.OPEN_OUT.unpack(reply).fh, 0, 0, 0)
             self._nursery.start_soon(self._release_quietly, release, nodeid, body)
+
+    def _undo_lock(self, nodeid: int, lock: fuse.LkIn, _reply: bytes) -> None:
+        unlock = fuse.LK_IN.pack(lock._replace(type=fuse.LockType.UNLOCK))
+        self._nursery.start_soon(self._unlock_quietly, nodeid, unlock)
+
+    async def _unlock_quietly(self, nodeid: int, body: bytes) -> None:
+        with suppress(RemoteErrno, ChannelBroken, ChannelClosed, RequestTimeout):
+            await self._send(Opcode.SETLK, nodeid, body, 0, None)
 
     async def _release_quietly(self, release: Opcode, nodeid: int, body: bytes) -> None:
         # close(2) has nobody to tell either.

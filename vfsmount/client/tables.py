@@ -41,6 +41,7 @@ def format_status(status: Mapping[str, Any]) -> str:
     lines += _line("options", ", ".join(status["options"]) or "none")
     lines += _line("cache", _cache(status["cache"]))
     lines += _daemon(status["daemon"])
+    lines += _line("DAX", _dax(status.get("dax", {})))
     lines += _line("in flight", str(status["in_flight"]))
     lines += [line for request in status["mute"] for line in _line("mute", _request(request))]
     lines += ["", *_requests(status["requests"])]
@@ -80,6 +81,15 @@ def _cache(cache: Mapping[str, Any]) -> str:
     if cache.get("writeback_by"):
         words[-1] += f" ({cache['writeback_by']})"
     return ", ".join(words)
+
+
+def _dax(dax: Mapping[str, Any]) -> str:
+    if not dax.get("active"):
+        return f"off: {dax.get('why', 'this version has none')}"
+    ranges = f"{dax['mapped_ranges']} of {dax['ranges']} ranges of {dax['range_bytes'] >> 20} MiB"
+    names = ("hits", "misses", "set_ups", "reclaims", "bypassed", "failures")
+    counts = ", ".join(f"{dax[name]} {name.replace('_', '-')}" for name in names)
+    return f"{ranges} mapped, {counts}"
 
 
 def _daemon(facts: Mapping[str, Any]) -> Iterator[str]:

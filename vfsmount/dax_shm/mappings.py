@@ -19,12 +19,29 @@ from typing import TYPE_CHECKING, Final, Generic, NamedTuple, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["PAGE", "Mapping", "MappingTable", "check_place"]
+__all__ = ["PAGE", "Mapping", "MappingTable", "OpenFile", "check_place"]
 
 PAGE: Final = 4096
 _MAX_OFFSET: Final = (1 << 63) - 1
 
 F = TypeVar("F")
+
+
+class OpenFile:
+    """A descriptor that the back-end sent, shared by the mappings of one file.
+
+    Attributes:
+        fd: The descriptor; -1 once the last mapping is gone.
+        key: Device, inode number and flags of open(2).
+        mappings: How many mappings it has.
+    """
+
+    __slots__ = ("fd", "key", "mappings")
+
+    def __init__(self, fd: int, key: tuple[int, int, int]) -> None:
+        self.fd = fd
+        self.key = key
+        self.mappings = 0
 
 
 class Mapping(NamedTuple, Generic[F]):

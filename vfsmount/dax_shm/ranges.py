@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vfsmount.dax_shm.mappings import OpenFile
+
 __all__ = ["RANGE_SIZE", "Range", "RangeTable"]
 
 #: Bytes; what a Linux guest uses. Smaller ranges cost more messages, larger ones more room.
@@ -35,10 +37,20 @@ class Range:
         ready: Whether it has been set up; else nobody but who sets it up may use it.
         writable: Whether it was set up for writing.
         pins: How many need it as it is just now.
-        hits: How often it was used since it was set up.
+        file: What is mapped there, once it is ready.
+        generation: The window's when that was looked up last.
     """
 
-    __slots__ = ("hits", "index", "moffset", "nodeid", "pins", "ready", "writable")
+    __slots__ = (
+        "file",
+        "generation",
+        "index",
+        "moffset",
+        "nodeid",
+        "pins",
+        "ready",
+        "writable",
+    )
 
     def __init__(self, moffset: int, nodeid: int, index: int) -> None:
         self.moffset = moffset
@@ -47,7 +59,8 @@ class Range:
         self.ready = False
         self.writable = False
         self.pins = 0
-        self.hits = 0
+        self.file: OpenFile | None = None
+        self.generation = -1
 
     def __repr__(self) -> str:
         return f"<Range {self.moffset:#x} of node {self.nodeid}[{self.index}]>"
@@ -89,6 +102,15 @@ class RangeTable:
             self._table.move_to_end((nodeid, index))
         return found
 
+    @property
+    def full(self) -> bool:
+        """Whether none is free."""
+        return not self._free
+
+    def parts(self, nodeid: int) -> list[Range]:
+        """Return the ranges of a node."""
+        return [self._table[nodeid, index] for index in self._of_node.get(nodeid, ())]
+
     def coldest(self) -> Range | None:
         """Return who would have to go for a new one: None if one is free, or none may go."""
         if self._free:
@@ -128,8 +150,7 @@ class RangeTable:
         Returns:
             Where they begin. They are free once ``left`` says so.
         """
-        going = [self._table[nodeid, index] for index in self._of_node.get(nodeid, ())]
-        going = [one for one in going if not one.pins]
+        going = [one for one in self.parts(nodeid) if not one.pins]
         for one in going:
             self._take_out(one)
             self._leaving.add(one.moffset)

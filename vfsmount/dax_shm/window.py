@@ -17,37 +17,21 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import stat
 import threading
 from typing import Final
 
-from vfsmount.dax_shm.mappings import Mapping, MappingTable, check_place
+from vfsmount.dax_shm.mappings import Mapping, MappingTable, OpenFile, check_place
 from vfsmount.dax_shm.ranges import RANGE_SIZE, RangeTable
 
-__all__ = ["OpenFile", "Window"]
+__all__ = ["Window"]
 
 log = logging.getLogger(__name__)
 
 _O_PATH: Final = os.O_PATH
 #: pwrite(2) would not write where it is told, or would demand aligned memory.
 _UNWANTED: Final = os.O_APPEND | os.O_DIRECT
-
-
-class OpenFile:
-    """A descriptor that the back-end sent, shared by the mappings of one file.
-
-    Attributes:
-        fd: The descriptor; -1 once the last mapping is gone.
-        key: Device, inode number and flags of open(2).
-        mappings: How many mappings it has.
-    """
-
-    __slots__ = ("fd", "key", "mappings")
-
-    def __init__(self, fd: int, key: tuple[int, int, int]) -> None:
-        self.fd = fd
-        self.key = key
-        self.mappings = 0
 
 
 class Window:
@@ -62,12 +46,16 @@ class Window:
     Attributes:
         size: Bytes that are used; 0 until the back-end has said how large its region is.
         ranges: Who uses which range; the event loop's alone.
+        generation: Counts how often something was taken away: what was found before may be gone.
     """
 
     def __init__(self, limit: int) -> None:
         self.size = 0
         self.ranges = RangeTable(0)
+        self.generation = 0
         self._limit = limit
+        # Out of descriptors, a message with one could not be received, which ends the channel.
+        self._most_files = max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 1)
         self._lock = threading.Lock()
         self._table: MappingTable[OpenFile] = MappingTable(0)
         self._files: dict[tuple[int, int, int], OpenFile] = {}
@@ -104,6 +92,7 @@ class Window:
     def clear(self) -> None:
         """Close everything: the device was reset, or the connection has ended."""
         with self._lock:
+            self.generation += 1
             for one in self._table.clear():
                 self._let_go(one.file)
         self.ranges.clear()
@@ -148,6 +137,8 @@ class Window:
             return self._refuse(errno.EEXIST, f"something is mapped at {moffset:#x}")
         file = self._files.get(key)
         if file is None:
+            if len(self._files) >= self._most_files:
+                return self._refuse(errno.EMFILE, f"{len(self._files)} files are open already")
             file = self._files[key] = OpenFile(os.dup(fd), key)
         file.mappings += 1
         self._table.add(Mapping(moffset, length, foffset, writable, file))
@@ -160,6 +151,7 @@ class Window:
             0, or EINVAL: there is none like that.
         """
         with self._lock:
+            self.generation += 1
             gone = self._table.remove(moffset, length)
             if gone is not None:
                 self._let_go(gone.file)
@@ -184,7 +176,7 @@ class Window:
     def mapping(self, moffset: int, length: int) -> Mapping[OpenFile] | None:
         """Return the mapping that holds a part of the window in full.
 
-        Its descriptor may be closed in the next step of the event loop: use it at once.
+        Its descriptor is good until ``generation`` changes, in another step of the event loop.
         """
         with self._lock:
             return self._table.at(moffset, length)

@@ -17,18 +17,20 @@ Rules for what may come when:
 from __future__ import annotations
 
 import logging
-import os
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from vfsmount.hostd import procfd
 from vfsmount.hostd.faults import GuestFault, Refused, RingFault
-from vfsmount.hostd.memory import MAX_MEM_SLOTS, GuestMemory
+from vfsmount.hostd.inflight import TrackedRing, area_size, create_region, split_region
+from vfsmount.hostd.memory import MAX_MEM_SLOTS, GuestMemory, map_shared
+from vfsmount.hostd.queues import NO_FD, Queue, take_eventfd
 from vfsmount.hostd.requests import RequestChannel
 from vfsmount.hostd.vring import DeviceRing
 from vfsmount.wire.vhost_user import (
     MAX_CONFIG_SIZE,
     ConfigRange,
     FrontendRequest,
+    InflightDescription,
     ProtocolFeature,
     ShmemConfig,
     VirtioFeature,
@@ -72,6 +74,7 @@ PROTOCOL_FEATURES: Final = int(
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
     | ProtocolFeature.BACKEND_SEND_FD
+    | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
@@ -83,136 +86,6 @@ _INDIRECT: Final = int(VirtioFeature.RING_INDIRECT_DESC)
 _REPLY_ACK: Final = int(ProtocolFeature.REPLY_ACK)
 _SHMEM: Final = int(ProtocolFeature.SHMEM)
 _MAPPING: Final = _SHMEM | _REPLY_ACK | int(ProtocolFeature.BACKEND_SEND_FD)
-_NO_FD: Final = -1
-
-
-class Queue:
-    """One virtqueue and its three eventfds, which it owns.
-
-    Attributes:
-        index: Number on the wire; 0 is the hiprio queue.
-        size: Entries; 0 until told.
-        addresses: Where its parts lie, as user addresses; None until told.
-        base: Next available index while it does not run.
-        enabled: SET_VRING_ENABLE's state, which outlives a stop.
-        kick: Its descriptor, or -1.
-        kickless: The front-end will not kick; the ring has to be looked at now and then.
-        ring: The running ring, else None.
-    """
-
-    __slots__ = (
-        "_call",
-        "_err",
-        "addresses",
-        "base",
-        "enabled",
-        "index",
-        "kick",
-        "kickless",
-        "ring",
-        "size",
-    )
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.size = 0
-        self.addresses: VringAddr | None = None
-        self.base = 0
-        self.enabled = False
-        self.kick = _NO_FD
-        self.kickless = False
-        self.ring: DeviceRing | None = None
-        self._call = _NO_FD
-        self._err = _NO_FD
-
-    @property
-    def may_run(self) -> bool:
-        """Whether all that it takes is there."""
-        reachable = self.kickless or self.kick >= 0
-        return self.enabled and reachable and self.size > 0 and self.addresses is not None
-
-    def stop(self) -> None:
-        """Stop running; where the ring was is kept in ``base``."""
-        if self.ring is not None:
-            self.base = self.ring.next_avail
-            self.ring = None
-
-    def set_kick(self, fd: int, kickless: bool) -> None:
-        """Take over a kick descriptor, or -1 and whether there will be none."""
-        _close(self.kick)
-        self.kick = fd
-        self.kickless = kickless
-
-    def set_call(self, fd: int) -> None:
-        """Take over a call descriptor, or -1: the front-end looks by itself."""
-        _close(self._call)
-        self._call = fd
-
-    def set_err(self, fd: int) -> None:
-        """Take over an error descriptor, or -1."""
-        _close(self._err)
-        self._err = fd
-
-    def call(self) -> None:
-        """Tell the driver that chains were used."""
-        _signal(self._call)
-
-    def fail(self) -> None:
-        """Tell the front-end that the ring is broken."""
-        _signal(self._err)
-
-    def drain_kick(self) -> None:
-        """Take a kick note of.
-
-        Raises:
-            RingFault: The descriptor does not behave like an eventfd.
-        """
-        try:
-            os.eventfd_read(self.kick)
-        except BlockingIOError:
-            return  # somebody else, the front-end most likely, has read it
-        except OSError as error:
-            raise RingFault(f"kick descriptor: {error.strerror}") from None
-
-    def reset(self) -> None:
-        """Forget everything, and close the descriptors."""
-        self.ring = None
-        self.set_kick(_NO_FD, kickless=False)
-        self.set_call(_NO_FD)
-        self.set_err(_NO_FD)
-        self.size = self.base = 0
-        self.addresses = None
-        self.enabled = False
-
-
-def _close(fd: int) -> None:
-    if fd >= 0:
-        os.close(fd)
-
-
-def _signal(fd: int) -> None:
-    """Write to an eventfd that its owner may have filled to the brim, which counts as told."""
-    if fd < 0:
-        return
-    try:
-        os.eventfd_write(fd, 1)
-    except BlockingIOError:
-        pass
-    except OSError as error:
-        raise GuestFault(f"call descriptor: {error.strerror}") from None
-
-
-def _take_eventfd(fds: list[int]) -> int:
-    """Take an eventfd out of what came with a message; -1 when nothing came.
-
-    Reading and writing whatever else a guest may send could block us, or act on its behalf.
-    """
-    if not fds:
-        return _NO_FD
-    if os.readlink(procfd.path(b"%d" % fds[0])) != b"anon_inode:[eventfd]":
-        raise Refused("kick, call or error descriptor that is no eventfd")
-    os.set_blocking(fds[0], False)
-    return fds.pop(0)
 
 
 class Backend:
@@ -222,6 +95,7 @@ class Backend:
         config: Its config space.
         on_reset: Called when the driver's state is to be forgotten.
         window: The DAX window to offer, which is told how to ask the front-end; None for none.
+        alone: See ``GuestMemory``.
 
     Attributes:
         features: Virtio features acknowledged.
@@ -232,11 +106,16 @@ class Backend:
     """
 
     def __init__(
-        self, config: Config, on_reset: Callable[[], None], window: DaxWindow | None = None
+        self,
+        config: Config,
+        on_reset: Callable[[], None],
+        window: DaxWindow | None = None,
+        *,
+        alone: bool = False,
     ) -> None:
         self.features = 0
         self.protocol_features = 0
-        self.memory = GuestMemory()
+        self.memory = GuestMemory(alone=alone)
         self.queues = [Queue(index) for index in range(1 + config.num_request_queues)]
         self.running: list[Queue] = []
         self._config = encode_config(config)
@@ -245,6 +124,7 @@ class Backend:
         self._offered = PROTOCOL_FEATURES | (_SHMEM if window is not None else 0)
         self._requests: RequestChannel | None = None
         self._status = 0
+        self._alone = alone
 
     @property
     def acknowledges(self) -> bool:
@@ -263,7 +143,8 @@ class Backend:
         Args:
             kind: Its row in the table of messages.
             record: Its payload, decoded.
-            fds: Its descriptors. Those that are kept are taken out; the rest stay the caller's.
+            fds: Its descriptors. Those that are kept are taken out; the rest stay the caller's, and
+                so do those of the reply, which are put in.
 
         Returns:
             Payload of the reply, for a message that has one; else None.
@@ -388,7 +269,10 @@ class Backend:
     def _set_vring_base(self, state: VringState, _fds: list[int]) -> None:
         if state.num > INDEX_MASK:
             raise Refused(f"ring index {state.num}")
-        self._stopped(state.ring).base = state.num
+        queue = self._stopped(state.ring)
+        if state.num != queue.base:  # a driver that begins anew
+            queue.held = set()
+        queue.base = state.num
 
     def _set_vring_addr(self, addresses: VringAddr, _fds: list[int]) -> None:
         queue = self._queue(addresses.ring)
@@ -405,23 +289,49 @@ class Backend:
         """Stop a ring. Requests are served one after the other, so none is left half done."""
         queue = self._queue(state.ring)
         queue.stop()
-        queue.set_kick(_NO_FD, kickless=False)
+        queue.set_kick(NO_FD, kickless=False)
         return VringState(queue.index, queue.base)
 
     def _set_vring_kick(self, word: FdWord, fds: list[int]) -> None:
         queue = self._queue(word.ring)
-        queue.set_kick(_take_eventfd(fds), kickless=word.no_fd)
+        queue.set_kick(take_eventfd(fds), kickless=word.no_fd)
 
     def _set_vring_call(self, word: FdWord, fds: list[int]) -> None:
-        self._queue(word.ring).set_call(_take_eventfd(fds))
+        self._queue(word.ring).set_call(take_eventfd(fds))
 
     def _set_vring_err(self, word: FdWord, fds: list[int]) -> None:
-        self._queue(word.ring).set_err(_take_eventfd(fds))
+        self._queue(word.ring).set_err(take_eventfd(fds))
 
     def _set_vring_enable(self, state: VringState, _fds: list[int]) -> None:
         if state.num > 1:
             raise Refused(f"ring enabled with {state.num}")
         self._queue(state.ring).enabled = state.num == 1
+
+    # --- what is in flight -----------------------------------------------------------------------
+
+    def _get_inflight_fd(self, wanted: InflightDescription, fds: list[int]) -> InflightDescription:
+        self._check_inflight(wanted)
+        fd, size = create_region(wanted.num_queues, wanted.queue_size)
+        fds.append(fd)
+        return InflightDescription(size, 0, wanted.num_queues, wanted.queue_size)
+
+    def _set_inflight_fd(self, region: InflightDescription, fds: list[int]) -> None:
+        self._check_inflight(region)
+        if self.running:
+            raise Refused("another in-flight region while rings run")
+        size = region.num_queues * area_size(region.queue_size)
+        if region.mmap_size < size:
+            raise Refused(f"in-flight region of {region.mmap_size} bytes, expected {size}")
+        view = map_shared(fds[0], region.mmap_offset, size, alone=self._alone)
+        areas = split_region(view, region.queue_size)
+        for queue, area in zip(self.queues, areas, strict=False):
+            queue.area = area
+
+    def _check_inflight(self, region: InflightDescription) -> None:
+        if not 1 <= region.num_queues <= len(self.queues) or not is_queue_size(region.queue_size):
+            raise Refused(
+                f"in-flight region for {region.num_queues} rings of {region.queue_size} entries"
+            )
 
     # --- reset -----------------------------------------------------------------------------------
 
@@ -468,7 +378,10 @@ class Backend:
         assert queue.addresses is not None
         desc, avail, used = self._parts(queue.addresses, queue.size)
         logger.debug("ring %d runs, %d entries from %d", queue.index, queue.size, queue.base)
-        return DeviceRing(
+        make: Callable[..., DeviceRing] = DeviceRing
+        if queue.area is not None:
+            make = partial(TrackedRing, area=queue.area, held=queue.held)
+        return make(
             queue.size,
             desc,
             avail,
@@ -527,6 +440,8 @@ _HANDLERS: Final[Mapping[FrontendRequest, Callable[[Backend, Any, list[int]], An
     _R.SET_VRING_CALL: Backend._set_vring_call,
     _R.SET_VRING_ERR: Backend._set_vring_err,
     _R.SET_VRING_ENABLE: Backend._set_vring_enable,
+    _R.GET_INFLIGHT_FD: Backend._get_inflight_fd,
+    _R.SET_INFLIGHT_FD: Backend._set_inflight_fd,
     _R.SET_STATUS: Backend._set_status,
     _R.GET_STATUS: Backend._get_status,
     _R.RESET_DEVICE: Backend._reset_device,

@@ -10,12 +10,16 @@ Kicks are asked for only on the way from 2 to 3, so a busy guest sends none. Whi
 busy the socket is still looked at, every ``_BURST`` requests. Used chains are published one by one,
 and the guest is called once for up to ``_BATCH`` of them.
 
+A request that waits for a lock is put aside (``aside``), and tried again each time that the thread
+comes by when it is time to: the eventfd of the guest's locks wakes it.
+
 Whatever goes wrong with a guest ends its own connection, with one line in the log.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import socket
@@ -24,9 +28,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.errors import WireError
+from vfsmount.hostd.aside import Aside
 from vfsmount.hostd.backend import Backend
 from vfsmount.hostd.barrier import RECHECK_MS
 from vfsmount.hostd.faults import GuestFault, Refused, RingFault
+from vfsmount.hostd.fs.call import Deferred
 from vfsmount.hostd.fs.dispatch import FuseServer
 from vfsmount.hostd.fs.session import Session
 from vfsmount.hostd.messages import close_all, receive, send_reply
@@ -43,9 +49,9 @@ from vfsmount.wire.vhost_user import (
 from vfsmount.wire.virtio_fs import Config
 
 if TYPE_CHECKING:
-    from vfsmount.hostd.backend import Queue
     from vfsmount.hostd.fs.share import Share
     from vfsmount.hostd.messages import Message
+    from vfsmount.hostd.queues import Queue
     from vfsmount.hostd.vring import DeviceRing
     from vfsmount.wire.vhost_user import Header
 
@@ -72,17 +78,29 @@ class Connection:
         share: What the guest sees.
         name: For the log.
         poll_ns: Longest time to look at the rings before sleeping.
+        alone: The guest is the only one that this process will have.
     """
 
-    def __init__(self, sock: socket.socket, share: Share, *, name: str, poll_ns: int) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        share: Share,
+        *,
+        name: str,
+        poll_ns: int,
+        alone: bool = False,
+    ) -> None:
         sock.settimeout(_MESSAGE_TIMEOUT)
         self.name = name
         self._sock = sock
         self._session = Session(share)
+        self._locks = self._session.locks
         self._fuse = FuseServer(self._session)
+        self._aside = Aside(self._fuse)
         options = share.options
         config = Config(options.tag, options.request_queues)
-        self._backend = Backend(config, self._session.reset_device, self._session.window)
+        backend = Backend(config, self._session.reset_device, self._session.window, alone=alone)
+        self._backend = backend
         self._window = PollWindow(poll_ns)
         self._rings: list[tuple[Queue, DeviceRing]] = []
         self._kicks: dict[int, Queue] = {}
@@ -130,6 +148,10 @@ class Connection:
             for _, ring in self._rings:
                 ring.disable_kicks()
             for fd, _ in ready:
+                if fd == self._locks.wake_fd:
+                    self._locks.wake()
+                    self._aside.answer(self._locks.retry())
+                    continue
                 if fd == self._sock.fileno():
                     if not self._obey_message():
                         return
@@ -137,21 +159,28 @@ class Connection:
                     break  # other descriptors are watched now
                 self._kicks[fd].drain_kick()
                 self._window.waited(time.monotonic_ns() - self._idle_since)
+            if self._aside:
+                self._aside.answer(self._locks.retry())
 
     def _watch(self) -> None:
         """Serve the rings that run now, and watch their kicks and the socket."""
+        self._aside.follow(self._rings)
         running = self._backend.running
         self._rings = [(queue, queue.ring) for queue in running if queue.ring is not None]
         self._kicks = {queue.kick: queue for queue in running if queue.kick >= 0}
         self._poll = select.poll()
-        for fd in (self._sock.fileno(), *self._kicks):
+        for fd in (self._sock.fileno(), self._locks.wake_fd, *self._kicks):
             self._poll.register(fd, select.POLLIN)
 
     def _patience(self) -> int | None:
         """How long to sleep at most, in ms."""
         if any(queue.kickless for queue, _ in self._rings):
             return _KICKLESS_MS
-        return RECHECK_MS
+        retry = self._locks.patience()
+        if retry is None:
+            return RECHECK_MS
+        wait = math.ceil(retry * 1000)
+        return wait if RECHECK_MS is None else min(wait, RECHECK_MS)
 
     # --- rings -----------------------------------------------------------------------------------
 
@@ -171,8 +200,11 @@ class Connection:
         try:
             while served < _BATCH and (chain := ring.pop()) is not None:
                 head, readable, writable = chain
-                ring.push(head, self._fuse.serve(readable, writable))
                 served += 1
+                try:
+                    ring.push(head, self._fuse.serve(readable, writable))
+                except Deferred as deferred:
+                    self._aside.put(deferred.unique, queue, head)
         except RingFault:
             queue.fail()
             raise
@@ -231,7 +263,8 @@ class Connection:
             return
         logger.debug("%s: %s %s", self.name, request.name, record)
         if kind.reply is not None:
-            send_reply(self._sock, header.request, encode_reply(request, reply))
+            fds = message.fds if kind.reply_fds[1] else ()
+            send_reply(self._sock, header.request, encode_reply(request, reply), fds)
         elif self._wants_ack(header):
             send_reply(self._sock, header.request, encode_ack())
 

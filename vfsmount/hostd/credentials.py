@@ -33,13 +33,15 @@ class Credentials:
 
     Attributes:
         switching: Whether this process can act as other users.
+        own_umask: Whether the thread has a umask of its own.
     """
 
-    __slots__ = ("_home_gid", "switching")
+    __slots__ = ("_home_gid", "own_umask", "switching")
 
     def __init__(self) -> None:
         self.switching = os.geteuid() == 0
         self._home_gid = os.getegid()
+        self.own_umask = False
 
     def settle(self) -> None:
         """Prepare the calling thread to serve a guest: no umask, no groups of our own.
@@ -49,6 +51,7 @@ class Credentials:
         """
         with suppress(OSError):
             syscalls.thread_unshare_fs()
+            self.own_umask = True
         os.umask(0)
         if self.switching:
             # Refused in a user namespace with setgroups denied, where there are none to drop.
@@ -60,27 +63,35 @@ class Credentials:
         return self.switching and (uid != 0 or gid != self._home_gid)
 
     @contextmanager
-    def acting_as(self, uid: int, gid: int, groups: tuple[int, ...] | None) -> Iterator[None]:
+    def acting_as(
+        self, uid: int, gid: int, groups: tuple[int, ...] | None, umask: int = 0
+    ) -> Iterator[None]:
         """Be the caller of a creating request for the length of a ``with`` block.
 
         Args:
             uid: User, from the request's header.
             gid: Group, from the request's header.
             groups: Supplementary groups that the guest sent, or None when it cannot send any.
+            umask: What to take off the mode, unless the directory has a default ACL. Only where
+                the thread has a umask of its own.
 
         Raises:
             OSError: The ids are not valid here; nothing has changed.
         """
-        if not self.would_switch(uid, gid):
-            yield
-            return
-        if uid == _NO_ID or gid == _NO_ID:
+        switch = self.would_switch(uid, gid)
+        if switch and (uid == _NO_ID or gid == _NO_ID):
             raise OSError(errno.EINVAL, "caller without an identity")
         try:
-            self._become(uid, gid, groups)
+            if umask:
+                os.umask(umask)
+            if switch:
+                self._become(uid, gid, groups)
             yield
         finally:
-            self._return()
+            if umask:
+                os.umask(0)
+            if switch:
+                self._return()
 
     def _become(self, uid: int, gid: int, groups: tuple[int, ...] | None) -> None:
         """The user comes last, because the right to change the others goes with it."""

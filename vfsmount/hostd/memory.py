@@ -6,8 +6,12 @@ SET_VRING_ADDR. Both are only keys here. A range must lie inside one region in f
 Rules:
 * Regions do not overlap in either space and do not wrap; the descriptor must be as long as the
   region claims, or the first access beyond its end would kill the process with SIGBUS.
-* For the same reason the descriptor is sealed against shrinking where it is a memfd that allows
-  seals. A plain shared file cannot be sealed: its owner is trusted not to truncate it while mapped.
+* For the same reason it must stay that long, so a memfd is sealed against shrinking, and what can
+  not be sealed is refused: a plain file, and huge pages, of which there may be none left. (A page
+  of a file on the front-end's own FUSE mount could even keep us waiting for ever.) A guest that is
+  alone on its daemon harms only itself, and may bring any file. There is no way to survive instead:
+  Python cannot handle SIGBUS, and reaching each index and descriptor by system call costs more than
+  serving the request.
 * A region's mapping lives until its last view is gone, whoever holds it; ``close`` only lets go.
 """
 
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
 
     from vfsmount.wire.vhost_user import MemoryRegion
 
-__all__ = ["MAX_MEM_SLOTS", "GuestMemory", "Region"]
+__all__ = ["MAX_MEM_SLOTS", "GuestMemory", "Region", "map_shared"]
 
 #: Regions in one memory table (GET_MAX_MEM_SLOTS). Each holds a descriptor and is searched in line;
 #: libvhost-user has 32 too.
@@ -49,20 +53,13 @@ class Region:
 
     __slots__ = ("guest_addr", "record", "size", "user_addr", "view")
 
-    def __init__(self, record: MemoryRegion, fd: int) -> None:
+    def __init__(self, record: MemoryRegion, fd: int, *, alone: bool) -> None:
         _check_record(record)
-        _check_descriptor(record, fd)
         self.record = record
         self.guest_addr = record.guest_addr
         self.user_addr = record.user_addr
         self.size = record.size
-        # mmap wants a page-aligned offset; the standard does not.
-        lead = record.mmap_offset % mmap.ALLOCATIONGRANULARITY
-        try:
-            mapping = mmap.mmap(fd, lead + record.size, offset=record.mmap_offset - lead)
-        except (OSError, ValueError, OverflowError) as error:
-            raise Refused(f"cannot map a region of {record.size} bytes: {error}") from None
-        self.view = memoryview(mapping)[lead:]
+        self.view = map_shared(fd, record.mmap_offset, record.size, alone=alone)
 
     def overlaps(self, other: MemoryRegion) -> bool:
         """Whether a record has addresses of ours, in either space."""
@@ -83,26 +80,65 @@ def _check_record(record: MemoryRegion) -> None:
         raise Refused(f"memory region of {record.size} bytes wraps around")
 
 
-def _check_descriptor(record: MemoryRegion, fd: int) -> None:
-    info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode):
+def map_shared(fd: int, offset: int, size: int, *, alone: bool) -> memoryview:
+    """Map bytes of a front-end's file. The descriptor stays the caller's.
+
+    Args:
+        fd: The file.
+        offset: Where in it, in bytes.
+        size: Bytes.
+        alone: See ``GuestMemory``.
+
+    Raises:
+        Refused: The file cannot back them, or could cease to.
+    """
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise Refused("memory region whose descriptor is no memory file")
-    # No seals on other files (EINVAL), none more on a sealed memfd (EPERM): see the module's rules.
+    if not _is_lasting(fd) and not alone:
+        raise Refused(
+            "memory that its owner could take away under all guests; "
+            "share a memfd (QEMU: memory-backend-memfd), or run a daemon per guest with --once"
+        )
+    file_size = os.fstat(fd).st_size  # after sealing
+    if offset + size > file_size:
+        raise Refused(f"memory region ends beyond its file of {file_size} bytes")
+    # mmap wants a page-aligned offset; the standard does not.
+    lead = offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        mapping = mmap.mmap(fd, lead + size, offset=offset - lead)
+    except (OSError, ValueError, OverflowError) as error:
+        raise Refused(f"cannot map a region of {size} bytes: {error}") from None
+    return memoryview(mapping)[lead:]
+
+
+def _is_lasting(fd: int) -> bool:
+    """Seal a file against shrinking; whether its pages can be reached from now on, come what may.
+
+    False for everything but a memfd of ordinary pages that allows seals or is sealed.
+    """
+    # No seals on other files (EINVAL), none more on a sealed memfd (EPERM).
     with suppress(OSError):
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
-    if record.mmap_offset + record.size > os.fstat(fd).st_size:
-        raise Refused(f"memory region ends beyond its file of {info.st_size} bytes")
+    try:
+        sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+    except OSError:
+        return False
+    return bool(sealed) and os.fstatvfs(fd).f_bsize == mmap.PAGESIZE
 
 
 class GuestMemory:
     """The memory table of one guest.
 
+    Args:
+        alone: The guest is the only one that this process will have.
+
     Invariants: at most MAX_MEM_SLOTS regions, none overlapping another in either address space.
     """
 
-    __slots__ = ("_regions",)
+    __slots__ = ("_alone", "_regions")
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool = False) -> None:
+        self._alone = alone
         self._regions: list[Region] = []
 
     @property
@@ -116,7 +152,7 @@ class GuestMemory:
         Raises:
             Refused: A region cannot be; the old table is still in force.
         """
-        fresh = GuestMemory()
+        fresh = GuestMemory(alone=self._alone)
         for record, fd in zip(records, fds, strict=True):
             fresh.add(record, fd)
         self._regions = fresh._regions
@@ -125,13 +161,13 @@ class GuestMemory:
         """Add one region (ADD_MEM_REG). The descriptor stays the caller's.
 
         Raises:
-            Refused: It overlaps, does not fit its descriptor, or the table is full.
+            Refused: It overlaps, is not what its descriptor can back, or the table is full.
         """
         if len(self._regions) >= MAX_MEM_SLOTS:
             raise Refused(f"more than {MAX_MEM_SLOTS} memory regions")
         if any(region.overlaps(record) for region in self._regions):
             raise Refused(f"memory region at {record.guest_addr:#x} overlaps another")
-        self._regions.append(Region(record, fd))
+        self._regions.append(Region(record, fd, alone=self._alone))
 
     def remove(self, record: MemoryRegion) -> None:
         """Remove one region (REM_MEM_REG), which ignores ``mmap_offset``.

@@ -91,10 +91,14 @@ def _receive_exactly(sock: socket.socket, size: int) -> bytes:
     return data
 
 
-def send_reply(sock: socket.socket, request: int, payload: bytes) -> None:
-    """Send the reply to a request.
+def send_reply(sock: socket.socket, request: int, payload: bytes, fds: Sequence[int] = ()) -> None:
+    """Send the reply to a request; its descriptors stay the caller's.
 
     Raises:
         OSError: The front-end does not read, or has gone.
     """
-    sock.sendall(encode_header(request, len(payload), reply=True) + payload)
+    data = encode_header(request, len(payload), reply=True) + payload
+    if fds:
+        sent = socket.send_fds(sock, [data], fds)
+        data = data[sent:]
+    sock.sendall(data)

@@ -29,7 +29,7 @@ from vfsmount.hostd.fs.share import Share, ShareOptions
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["DEFAULT_POLL_US", "Server", "SocketFile", "listen", "listen_on_fd", "serve"]
+__all__ = ["DEFAULT_POLL_US", "Server", "listen", "listen_on_fd", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +44,11 @@ _STARVED_MS: Final = 100
 DEFAULT_POLL_US: Final = 50
 
 
-def listen(path: str, group: str | None = None) -> socket.socket:
-    """Return a socket that listens at ``path``, for its owner alone or a group as well.
+def listen(path: str) -> socket.socket:
+    """Return a socket that listens at ``path``, for its owner alone.
 
     Raises:
-        UsageError: Somebody listens there, it is no socket, there is no such group, or the host
-            refuses.
+        UsageError: Somebody listens there, it is no socket, or the host refuses.
     """
     if not path or "\0" in path:  # to the kernel: a name outside of the filesystem
         raise UsageError(f"cannot listen on {path!r}: that is no path")
@@ -59,8 +58,6 @@ def listen(path: str, group: str | None = None) -> socket.socket:
     umask = os.umask(0o077)
     try:
         sock.bind(path)
-        if group is not None:
-            _admit_group(path, group)
         sock.listen(_BACKLOG)
     except (OSError, ValueError) as error:
         sock.close()
@@ -69,18 +66,6 @@ def listen(path: str, group: str | None = None) -> socket.socket:
     finally:
         os.umask(umask)
     return sock
-
-
-def _admit_group(path: str, group: str) -> None:
-    import grp  # hardly ever needed, at every start
-
-    try:
-        gid = grp.getgrnam(group).gr_gid
-    except KeyError:
-        os.unlink(path)
-        raise ValueError(f"there is no group {group!r}") from None
-    os.chown(path, -1, gid)
-    os.chmod(path, 0o660)
 
 
 def _remove_stale(path: str) -> None:
@@ -120,33 +105,15 @@ def listen_on_fd(fd: int) -> socket.socket:
     return sock
 
 
-class SocketFile:
-    """The file of a listening socket that was just made, to be removed at the end.
-
-    Args:
-        path: Where it is; None where the socket's file is somebody else's affair.
-    """
-
-    def __init__(self, path: str | None) -> None:
-        self.path = path
-        self._identity = None if path is None else _identity(path)
-
-    def remove(self) -> None:
-        """Remove it, unless another daemon has put its own there."""
-        if self.path is not None and _identity(self.path) == self._identity:
-            with suppress(FileNotFoundError):
-                os.unlink(self.path)
-
-
 class Server:
     """Accepts guests until it is stopped.
 
     Args:
         share: What they see.
         sock: A listening socket; owned from here on.
-        file: Its file, if it is ours to remove at the end.
+        path: Its file, if it is ours to remove at the end.
         poll_us: Longest time in microseconds to look at a guest's rings before sleeping.
-        once: End when the first guest has left.
+        once: Take one guest only, and end when it has left.
     """
 
     def __init__(
@@ -154,13 +121,14 @@ class Server:
         share: Share,
         sock: socket.socket,
         *,
-        file: SocketFile | None = None,
+        path: str | None = None,
         poll_us: int = DEFAULT_POLL_US,
         once: bool = False,
     ) -> None:
         self._share = share
         self._sock = sock
-        self._file = file
+        self._path = path
+        self._identity = _identity(path)
         self._poll_us = poll_us
         self._once = once
         self._guests: dict[Connection, threading.Thread] = {}
@@ -191,9 +159,7 @@ class Server:
     def close(self) -> None:
         """Send all guests away and give the socket back."""
         self._sock.close()
-        file, self._file = self._file, None
-        if file is not None:
-            file.remove()
+        self._remove_file()
         with self._lock:
             guests = dict(self._guests)
         for guest in guests:
@@ -226,7 +192,7 @@ class Server:
             logger.warning("cannot accept a guest: %s", error)
             select.poll().poll(_STARVED_MS)
             return
-        if len(self._guests) >= _MAX_GUESTS:
+        if len(self._guests) >= (1 if self._once else _MAX_GUESTS):
             logger.warning("turned a guest away: there are %d", len(self._guests))
             sock.close()
             return
@@ -236,7 +202,9 @@ class Server:
         self._count += 1
         name = f"guest {self._count}"
         try:
-            guest = Connection(sock, self._share, name=name, poll_ns=self._poll_us * 1000)
+            guest = Connection(
+                sock, self._share, name=name, poll_ns=self._poll_us * 1000, alone=self._once
+            )
         except OSError as error:  # no descriptor left for its root
             logger.warning("cannot serve %s: %s", name, error)
             sock.close()
@@ -252,6 +220,13 @@ class Server:
             del self._guests[guest]
         if self._once:
             self.stop()
+
+    def _remove_file(self) -> None:
+        """Remove our socket file, unless another daemon has put its own there."""
+        path, self._path = self._path, None
+        if path is not None and _identity(path) == self._identity:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def serve(
@@ -269,12 +244,14 @@ def serve(
     path = os.fspath(socket_path)
     with (
         Share(directory, options or ShareOptions()) as share,
-        Server(share, listen(path), file=SocketFile(path)) as server,
+        Server(share, listen(path), path=path) as server,
     ):
         server.run()
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def _identity(path: str | None) -> tuple[int, int] | None:
+    if path is None:
+        return None
     try:
         info = os.lstat(path)
     except OSError:

@@ -168,6 +168,14 @@ class DeviceRing:
         if head >= self._size:
             raise RingFault(f"chain head {head} in a queue of {self._size}")
         self.next_avail = (at + 1) & INDEX_MASK
+        return self.chain(head)
+
+    def chain(self, head: int) -> Chain:
+        """Return the chain that begins at a head taken from this ring, now or before.
+
+        Raises:
+            RingFault: The chain is not possible (any more).
+        """
         guest_addr, length, flags, following = _DESC.unpack_from(self._desc, DESC.size * head)
         if flags == DESC_F_INDIRECT and length == _PAIR.size and self._indirect:
             return self._pair(head, guest_addr)

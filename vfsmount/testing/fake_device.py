@@ -32,7 +32,6 @@ from vfsmount.wire.vhost_user import (
     ConfigRange,
     FdWord,
     FrontendRequest,
-    InflightDescription,
     MemoryRegion,
     MemoryTable,
     Payload,
@@ -70,7 +69,6 @@ ALL_PROTOCOL_FEATURES = int(
     | _PF.BACKEND_REQ
     | _PF.CONFIG
     | _PF.BACKEND_SEND_FD
-    | _PF.INFLIGHT_SHMFD
     | _PF.RESET_DEVICE
     | _PF.CONFIGURE_MEM_SLOTS
     | _PF.STATUS
@@ -451,8 +449,6 @@ class FakeDevice:
                 return self.status, []
             case _REQ.GET_CONFIG, ConfigRange():
                 return self._config_reply(record), []
-            case _REQ.GET_INFLIGHT_FD, InflightDescription():
-                return self._make_inflight(record)
             case _REQ.SET_BACKEND_REQ_FD, _:
                 self.backend_channel = socket.socket(fileno=os.dup(fds[0]))
             case _REQ.SET_MEM_TABLE, MemoryTable():
@@ -470,13 +466,6 @@ class FakeDevice:
         space = virtio_fs.encode_config(self._config)
         end = wanted.offset + len(wanted.data)
         return ConfigRange(wanted.offset, 0, space[wanted.offset : end])
-
-    def _make_inflight(self, wanted: InflightDescription) -> tuple[InflightDescription, list[int]]:
-        size = wanted.num_queues * 64 * (wanted.queue_size + 1)
-        fd = os.memfd_create("inflight", os.MFD_CLOEXEC)
-        os.truncate(fd, size)
-        self._fds.append(fd)
-        return wanted._replace(mmap_size=size), [fd]
 
     def _map(self, region: MemoryRegion, fd: int) -> None:
         self._regions.append((region, mmap.mmap(fd, region.size + region.mmap_offset)))
@@ -499,7 +488,7 @@ class FakeDevice:
             case _REQ.GET_VRING_BASE, VringState(index, _):
                 self._rings[index].kick_fd = -1
                 return VringState(index, self.ring(index).last_avail)
-            case ((_REQ.SET_OWNER | _REQ.SET_INFLIGHT_FD | _REQ.RESET_DEVICE), _):
+            case ((_REQ.SET_OWNER | _REQ.RESET_DEVICE), _):
                 pass
             case _:
                 raise WireError(f"the fake device does not know {request.name}")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from vfsmount.errors import WireError
 from vfsmount.wire import fuse_structs
 from vfsmount.wire.fuse_flags import *  # noqa: F403  # one namespace for users of the protocol
-from vfsmount.wire.fuse_flags import InitFlag, NotifyCode, Opcode
+from vfsmount.wire.fuse_flags import HEEDS_INTERRUPT, InitFlag, NotifyCode, Opcode
 from vfsmount.wire.fuse_structs import *  # noqa: F403
 from vfsmount.wire.fuse_structs import (
     BATCH_FORGET_IN,
@@ -577,5 +577,6 @@ def split_flags(flags: InitFlag) -> tuple[int, int]:
 def flag_names(flags: int, kind: type[InitFlag] = InitFlag) -> list[str]:
     """Return the names of the set bits, lowest first; ``bit 43`` for one that has none."""
     known = {int(flag): flag.name or "" for flag in kind}
+    known[int(HEEDS_INTERRUPT)] = "HEEDS_INTERRUPT"
     bits = [1 << at for at in range(flags.bit_length()) if flags >> at & 1]
     return [known.get(bit) or f"bit {bit.bit_length() - 1}" for bit in bits]

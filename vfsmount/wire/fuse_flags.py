@@ -10,6 +10,7 @@ from __future__ import annotations
 from enum import IntEnum, IntFlag
 
 __all__ = [
+    "HEEDS_INTERRUPT",
     "KERNEL_MINOR_VERSION",
     "KERNEL_VERSION",
     "ROOT_ID",
@@ -143,6 +144,12 @@ class InitFlag(IntFlag):
     ALLOW_IDMAP = 1 << 40
     OVER_IO_URING = 1 << 41
     REQUEST_TIMEOUT = 1 << 42
+
+
+#: Not of FUSE: an INIT flag between vfsmount and its bundled daemon, at the end that the kernel's
+#: flags do not grow from. The daemon ends a wait for a lock when it is sent INTERRUPT; of the
+#: daemons that do not say so, one crashes on it.
+HEEDS_INTERRUPT = InitFlag(1 << 63)
 
 
 class OpenOutFlag(IntFlag):

@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from vfsmount.hostd.fs.session import Session
     from vfsmount.wire.fuse import Request
 
-__all__ = ["HEADER_SIZE", "REPLY_SIZE", "Call", "FastHandler", "Handler", "window"]
+__all__ = [
+    "HEADER_SIZE",
+    "REPLY_SIZE",
+    "Call",
+    "Deferred",
+    "FastHandler",
+    "Handler",
+    "window",
+]
 
 #: Bytes of ``fuse_in_header`` and ``fuse_out_header``.
 HEADER_SIZE = 40
@@ -39,6 +47,18 @@ class Call(NamedTuple):
     readable: list[memoryview]
     writable: list[memoryview]
     room: int
+
+
+class Deferred(Exception):
+    """No error: a request is put aside, and its reply comes later.
+
+    Attributes:
+        unique: The request's.
+    """
+
+    def __init__(self, unique: int) -> None:
+        super().__init__(unique)
+        self.unique = unique
 
 
 #: Returns the reply's body; None when there is no reply at all; raises OSError for an errno.

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.errors import WireError
 from vfsmount.hostd.faults import GuestFault
-from vfsmount.hostd.fs import capability, files, listing, mappings, nodes, tree, xattrs
-from vfsmount.hostd.fs.call import HEADER_SIZE, REPLY_SIZE, Call, window
-from vfsmount.hostd.fs.translate import translated_fast, translated_plain
+from vfsmount.hostd.fs import files, ioctls, listing, locks, mappings, nodes, tree, xattrs
+from vfsmount.hostd.fs.call import HEADER_SIZE, REPLY_SIZE, Call, Deferred, window
 from vfsmount.wire.fuse import (
     INIT_OUT,
     OPERATIONS,
@@ -52,6 +51,10 @@ _REPLY: Final = struct.Struct("<IiQ")
 _HEAD_LIMIT: Final = 4096
 _MESSAGE_LIMIT: Final = (1 << 20) + _HEAD_LIMIT
 
+#: Largest reply of a listing, which is put together in our memory. Fewer names than there is room
+#: for are in order, and buffers that overlap make room without end.
+_LISTING_LIMIT: Final = 1 << 20
+
 #: Errors that the protocol can carry are 1 to 511.
 _ERRNO_LIMIT: Final = 512
 
@@ -74,7 +77,7 @@ def destroy(session: Session, _request: Request) -> bytes:
 
 
 def _ignore(_session: Session, _request: Request) -> None:
-    """INTERRUPT and NOTIFY_REPLY: nothing here waits long enough, or asks."""
+    """NOTIFY_REPLY: nobody here asks."""
 
 
 def _refuse_change(_session: Session, _call: Call) -> bytes:
@@ -91,11 +94,11 @@ _FAST: Final[Mapping[int, FastHandler]] = {
     Opcode.RELEASE: files.release,
 }
 
-#: What is not here is ENOSYS: locks, ioctl, poll, bmap, and opcodes to come.
+#: What is not here is ENOSYS: poll, bmap, and opcodes to come.
 _PLAIN: Final[Mapping[int, Handler]] = {
     Opcode.INIT: init,
     Opcode.DESTROY: destroy,
-    Opcode.INTERRUPT: _ignore,
+    Opcode.INTERRUPT: locks.interrupt,
     Opcode.NOTIFY_REPLY: _ignore,
     Opcode.BATCH_FORGET: nodes.batch_forget,
     Opcode.SETATTR: nodes.setattr_,
@@ -122,6 +125,10 @@ _PLAIN: Final[Mapping[int, Handler]] = {
     Opcode.COPY_FILE_RANGE_64: files.copy_file_range_64,
     Opcode.SETUPMAPPING: mappings.setupmapping,
     Opcode.REMOVEMAPPING: mappings.removemapping,
+    Opcode.IOCTL: ioctls.ioctl,
+    Opcode.GETLK: locks.getlk,
+    Opcode.SETLK: locks.setlk,
+    Opcode.SETLKW: locks.setlkw,
     Opcode.OPENDIR: listing.opendir,
     Opcode.READDIR: listing.readdir,
     Opcode.READDIRPLUS: listing.readdirplus,
@@ -192,11 +199,6 @@ class FuseServer:
         options = session.share.options
         if options.xattr:
             self._plain |= {int(opcode): handler for opcode, handler in _XATTR.items()}
-        if options.translation is not None:
-            self._fast = translated_fast(self._fast, options.translation)
-            self._plain = translated_plain(self._plain, options.translation)
-        if options.xattr and options.xattrmap is not None and options.xattrmap.capability:
-            capability.guard(self._fast, self._plain, options.xattrmap.capability)
         if options.readonly:
             self._fast |= dict.fromkeys(map(int, _CHANGES), _refuse_change)
 
@@ -212,6 +214,7 @@ class FuseServer:
 
         Raises:
             GuestFault: No whole header to read, or no room to answer one that wants an answer.
+            Deferred: The reply comes later, by ``answer_late``.
         """
         head = _copy(readable, _HEAD_LIMIT)
         if len(head) < HEADER_SIZE:
@@ -226,6 +229,8 @@ class FuseServer:
             self._check(length, opcode, readable)
             message = _message(head, length, opcode, readable)
             result = self._handle(opcode, Call(nodeid, message, length, readable, writable, room))
+        except Deferred:
+            raise
         except Exception as error:  # a request's fate ends here, whatever goes wrong with it
             number = self._errno_of(error, opcode)
             return _put_error(writable, unique, number) if wanted else 0
@@ -234,6 +239,16 @@ class FuseServer:
         if result is None or room < REPLY_SIZE:
             return 0
         return _put(writable, room, unique, result)
+
+    def answer_late(self, writable: list[memoryview], unique: int, number: int) -> int:
+        """Answer a request that was put aside, with an errno or 0; returns bytes of the reply.
+
+        Raises:
+            GuestFault: The room for the reply has gone.
+        """
+        if _total(writable) < REPLY_SIZE:
+            raise GuestFault("the room for a reply has gone")
+        return _put_error(writable, unique, number)
 
     def _check(self, length: int, opcode: int, readable: list[memoryview]) -> None:
         if not HEADER_SIZE <= length <= _total(readable):
@@ -252,7 +267,7 @@ class FuseServer:
         setxattr_ext = agreed is None or agreed.setxattr_ext
         request = decode_request(call.message, setxattr_ext=setxattr_ext)
         if opcode in _LISTINGS:
-            size = min(request.args.size, call.room - REPLY_SIZE)
+            size = min(request.args.size, call.room - REPLY_SIZE, _LISTING_LIMIT)
             request = request._replace(args=request.args._replace(size=size))
         return handler(self.session, request)
 

@@ -16,7 +16,7 @@ from vfsmount.hostd import syscalls
 from vfsmount.hostd.fs.call import HEADER_SIZE, REPLY_SIZE, window
 from vfsmount.hostd.fs.handles import FileHandle
 from vfsmount.hostd.fs.names import check_name
-from vfsmount.hostd.fs.session import MAX_WRITE
+from vfsmount.hostd.fs.session import MAX_PAGES, MAX_WRITE
 from vfsmount.wire.fuse import (
     COPY_FILE_RANGE_OUT,
     LSEEK_OUT,
@@ -65,6 +65,13 @@ _KILL_ON_OPEN = int(OpenInFlag.KILL_SUIDGID)
 _KILL_ON_WRITE = int(WriteFlag.KILL_SUIDGID)
 _FDATASYNC = int(FsyncFlag.FDATASYNC)
 
+#: open(2) flags that a guest may choose. Everything else is about paths, creation or the guest's
+#: own descriptor; O_DIRECT would demand an alignment that guest memory does not have.
+_OPEN_FLAGS: Final = os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
+
+#: MAX_PAGES of 64 KiB, the largest pages that guests have. Buffers may overlap, so the memory that
+#: a guest has is no limit, and a read of gigabytes keeps its thread for seconds.
+_MAX_READ: Final = MAX_PAGES * 65536
 #: Buffers of one preadv(2) or pwritev(2).
 _IOV_MAX: Final = 1024
 #: Most bytes that one system call moves (MAX_RW_COUNT), which also fits COPY_FILE_RANGE's reply.
@@ -100,7 +107,7 @@ def _allowed_flags(session: Session, flags: int) -> int:
     Raises:
         OSError: EROFS: it wants to write to a read-only share.
     """
-    flags &= session.share.open_flags
+    flags &= _OPEN_FLAGS
     changing = flags & (os.O_ACCMODE | os.O_TRUNC)
     if changing and session.share.options.readonly:
         raise OSError(errno.EROFS, "shared read-only")
@@ -173,7 +180,13 @@ def _open_out(session: Session, handle: FileHandle) -> bytes:
 
 def release(session: Session, call: Call) -> bytes:
     """RELEASE: the last close."""
-    session.files.release(_RELEASE_IN.unpack_from(call.message, HEADER_SIZE)[0])
+    fh = _RELEASE_IN.unpack_from(call.message, HEADER_SIZE)[0]
+    locks = session.locks
+    if locks:
+        locks.closing(session.files.get(fh), fh)
+    session.files.release(fh)
+    if locks.board.waiting:  # for a flock lock of this handle, perhaps
+        locks.board.notify()
     return b""
 
 
@@ -181,6 +194,8 @@ def read(session: Session, call: Call) -> int:
     """READ: from the file into the guest's buffers. Fewer bytes than asked mean the end."""
     fh, offset, size = _READ_IN.unpack_from(call.message, HEADER_SIZE)
     fd = session.files.get(fh).fd
+    if size > _MAX_READ:
+        raise OSError(errno.EINVAL, "read of more than any guest's pages")
     views = window(call.writable, REPLY_SIZE, min(size, call.room - REPLY_SIZE))
     if len(views) <= _IOV_MAX:
         return os.preadv(fd, views, offset)
@@ -217,8 +232,14 @@ def _piecewise(
 
 
 def flush(session: Session, request: Request) -> bytes:
-    """FLUSH: one close of several. Closing a duplicate lets a network filesystem report errors."""
-    os.close(os.dup(session.files.get(request.args.fh).fd))
+    """FLUSH: one close of several, with which the lock owner gives up the file's POSIX locks.
+
+    Closing a duplicate lets a network filesystem report errors.
+    """
+    handle = session.files.get(request.args.fh)
+    if session.locks:
+        session.locks.give_up(handle, request.args.lock_owner)
+    os.close(os.dup(handle.fd))
     return b""
 
 

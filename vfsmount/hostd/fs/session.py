@@ -17,8 +17,10 @@ from vfsmount.hostd.credentials import Credentials
 from vfsmount.hostd.fs import attributes
 from vfsmount.hostd.fs.handles import FileHandle, HandleTable
 from vfsmount.hostd.fs.inodes import InodeTable
+from vfsmount.hostd.fs.locks import GuestLocks
 from vfsmount.hostd.window import ALIGNMENT_SHIFT, DaxWindow
 from vfsmount.wire.fuse import (
+    HEEDS_INTERRUPT,
     KERNEL_MINOR_VERSION,
     KERNEL_VERSION,
     InitFlag,
@@ -51,12 +53,14 @@ MAX_WRITE: Final = MAX_PAGES * _PAGE
 _MAX_WRITE_DEFAULT: Final = 32 * _PAGE
 _MAX_BACKGROUND: Final = 0xFFFF
 
-#: Offered to every guest that asks. Locks, ioctls and ACLs are not served yet, so their flags are
-#: absent, and the guest's kernel deals with them itself.
+#: Offered to every guest that asks.
 _ALWAYS: Final = (
     InitFlag.ASYNC_READ
+    | InitFlag.POSIX_LOCKS
+    | InitFlag.FLOCK_LOCKS
     | InitFlag.ATOMIC_O_TRUNC
     | InitFlag.BIG_WRITES
+    | InitFlag.HAS_IOCTL_DIR
     | InitFlag.AUTO_INVAL_DATA
     | InitFlag.ASYNC_DIO
     | InitFlag.PARALLEL_DIROPS
@@ -66,8 +70,12 @@ _ALWAYS: Final = (
     | InitFlag.SETXATTR_EXT
     | InitFlag.INIT_EXT
     | InitFlag.CREATE_SUPP_GROUP
+    | HEEDS_INTERRUPT
 )
 _DAX: Final = InitFlag.MAP_ALIGNMENT | InitFlag.HAS_INODE_DAX
+#: All or none: a guest that applies umasks itself would cut off what a default ACL grants, and one
+#: that cannot ask for it would leave set-group-id to somebody that an ACL lets change a file.
+_ACL: Final = InitFlag.POSIX_ACL | InitFlag.DONT_MASK | InitFlag.SETXATTR_EXT
 _READDIRPLUS: Final = InitFlag.DO_READDIRPLUS | InitFlag.READDIRPLUS_AUTO
 
 _AS_WE_ARE: Final[AbstractContextManager[None]] = nullcontext()
@@ -83,6 +91,7 @@ class Agreed(NamedTuple):
     """
 
     create_supp_group: bool
+    dont_mask: bool
     setxattr_ext: bool
     inode_dax: bool
     submounts: bool
@@ -98,6 +107,7 @@ class Session:
         inodes: Nodes that it knows.
         files: Regular files that it has open.
         dirs: Directories that it has open.
+        locks: Locks that it has or waits for.
         credentials: How to act as its users.
         window: Its DAX window; None where the share has none.
         agreed: What INIT settled; None before INIT and after DESTROY.
@@ -111,6 +121,7 @@ class Session:
         "dirs",
         "files",
         "inodes",
+        "locks",
         "policy",
         "share",
         "window",
@@ -124,6 +135,7 @@ class Session:
         self.inodes = InodeTable(share.root_fd, share.keeper)
         self.files: HandleTable[FileHandle] = HandleTable(self.inodes)
         self.dirs: HandleTable[DirHandle] = HandleTable(self.inodes)
+        self.locks = GuestLocks(share, self.files)
         self.credentials = Credentials()
         self.agreed: Agreed | None = None
         self.dirent_buffer = ctypes.create_string_buffer(_DIRENT_BUFFER)
@@ -134,14 +146,12 @@ class Session:
         """INIT flags that this share serves."""
         options = self.share.options
         flags = _ALWAYS
-        if not options.submounts:
-            flags &= ~InitFlag.SUBMOUNTS
-        if not options.killpriv:
-            flags &= ~InitFlag.HANDLE_KILLPRIV_V2
-        if self.policy.readdirplus and options.readdirplus:
+        if self.policy.readdirplus:
             flags |= _READDIRPLUS
-        if not self.policy.valid or options.allow_mmap:
+        if not self.policy.valid:
             flags |= InitFlag.DIRECT_IO_ALLOW_MMAP
+        if options.posix_acl and options.xattr and self.credentials.own_umask:
+            flags |= _ACL
         if options.writeback and not options.readonly:
             flags |= InitFlag.WRITEBACK_CACHE
         if self.window is not None and self.window.channel is not None:
@@ -163,8 +173,11 @@ class Session:
             # The guest reads the version, and sends INIT again with it.
             return InitOut(KERNEL_VERSION, KERNEL_MINOR_VERSION, *[0] * 11)
         flags = join_flags(offer.flags, offer.flags2) & self.supported()
+        if flags & _ACL != _ACL:
+            flags &= ~(InitFlag.POSIX_ACL | InitFlag.DONT_MASK)
         self.agreed = Agreed(
             create_supp_group=InitFlag.CREATE_SUPP_GROUP in flags,
+            dont_mask=InitFlag.DONT_MASK in flags,
             inode_dax=InitFlag.HAS_INODE_DAX in flags,
             setxattr_ext=InitFlag.SETXATTR_EXT in flags,
             submounts=InitFlag.SUBMOUNTS in flags,
@@ -199,6 +212,7 @@ class Session:
             self.window.clear()
         self.files.clear()
         self.dirs.clear()
+        self.locks.clear()
         self.inodes.clear()
 
     def reset_device(self) -> None:
@@ -213,6 +227,7 @@ class Session:
             self.window.forget()
         self.files.clear()
         self.dirs.clear()
+        self.locks.close()
         self.inodes.close()
 
     # --- what operations share -------------------------------------------------------------------
@@ -262,9 +277,13 @@ class Session:
 
     def acting_as_caller(self, request: Request) -> AbstractContextManager[None]:
         """Be the caller of a creating request for the length of a ``with`` block."""
-        header = request.header
-        if not self.credentials.would_switch(header.uid, header.gid):
+        header, umask = request.header, 0
+        known = False
+        if self.agreed is not None:
+            known = self.agreed.create_supp_group
+            if self.agreed.dont_mask:  # then it is the host's business, unless a default ACL rules
+                umask = getattr(request.args, "umask", 0) & 0o777  # a symlink has none
+        if not umask and not self.credentials.would_switch(header.uid, header.gid):
             return _AS_WE_ARE
-        known = self.agreed is not None and self.agreed.create_supp_group
         groups = request.extensions.groups or () if known else None
-        return self.credentials.acting_as(header.uid, header.gid, groups)
+        return self.credentials.acting_as(header.uid, header.gid, groups, umask)

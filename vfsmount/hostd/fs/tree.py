@@ -1,7 +1,7 @@
 """Operations on names: find, make, link, move and remove entries of directories.
 
 Every name is checked, and used with the directory's own descriptor. What is made belongs to the
-caller. The guest's kernel has applied the umask already (DONT_MASK is never negotiated).
+caller. The guest's kernel has applied the umask already, unless it heeds ACLs (DONT_MASK).
 """
 
 from __future__ import annotations
