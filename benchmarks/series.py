@@ -149,6 +149,8 @@ BARS: tuple[Bar, ...] = (
     Bar("uncached", RELAY, FIRST_READ.name, 300),
     Bar("uncached", RELAY, RSS_IDLE.name, 40),
     Bar("uncached", RELAY, RSS_CROWD.name, 45),
+    # 400 MiB for a million names: a tenth of what they may add, on top of an idle process.
+    Bar("uncached", PYFUSE3, RSS_CROWD.name, 80),
     *(
         Bar("trees", RELAY, row, 1.15 if row.endswith("_warm") else 2.5, C_PEER)
         for row in TREE_ROWS

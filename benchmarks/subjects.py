@@ -140,7 +140,7 @@ def _vfsmount(kind: str, engine: str = "auto") -> Subject:
     name, what = f"vfsmount-{kind}", f"vfsmount over {origin[kind]}"
     if engine != "auto":
         name, what = f"{name}-{engine}", f"{what}, {engine} engine"
-    return Subject(name, what, prepare, command, churn=True, crowd=name == "vfsmount-rust")
+    return Subject(name, what, prepare, command, churn=True, crowd=kind == "rust")
 
 
 SUBJECTS: dict[str, Subject] = {

@@ -75,3 +75,12 @@ def test_bounded_memory_never_keeps_what_changed(steps: list[tuple[int, int, boo
         if opens:
             pages[nodeid] = size
         fresh.check_invariants()
+
+
+def test_several_are_given_up_at_once() -> None:
+    """Each look for the oldest goes past all that were given up before."""
+    fresh = Freshness(limit=1000)
+    for nodeid in range(1, 1002):
+        fresh.gave(nodeid, changed())
+    kept = [nodeid for nodeid in range(1, 1002) if fresh.open(nodeid, changed()).keep_attributes]
+    assert kept == list(range(17, 1002))
