@@ -7,10 +7,13 @@ import os
 import select
 import socket
 import struct
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tests.hostd.driver import Buffer, DriverRing
 from tests.hostd.guest import Guest
+from vfsmount.hostd.connection import Connection
 from vfsmount.wire import vhost_user
 from vfsmount.wire.fuse import Opcode
 from vfsmount.wire.vhost_user import (
@@ -26,10 +29,12 @@ from vfsmount.wire.vhost_user import (
 from vfsmount.wire.vring import need_event
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
 
-__all__ = ["FEATURES", "PROTOCOL", "Disconnected", "Frontend", "bit_30"]
+    from vfsmount.hostd.fs.share import Share
+
+__all__ = ["FEATURES", "PROTOCOL", "Disconnected", "Frontend", "bit_30", "connected"]
 
 R = FrontendRequest
 
@@ -291,3 +296,25 @@ class Frontend(Guest):
         self.submit(index, message, room)
         [(_, length)] = self.wait_used(index)
         return bytes(self.memory[REPLY_AT : REPLY_AT + length])
+
+
+@contextmanager
+def connected(share: Share, *, poll_us: int = 50, **options: Any) -> Iterator[Frontend]:
+    """A front-end on a socketpair with a back-end in a thread, which must end with it.
+
+    Args:
+        share: What the back-end serves.
+        poll_us: How long it looks at rings, in microseconds.
+        options: Of the front-end.
+    """
+    ours, theirs = socket.socketpair()
+    connection = Connection(theirs, share, name="guest", poll_ns=poll_us * 1000)
+    thread = threading.Thread(target=connection.run)
+    thread.start()
+    try:
+        with Frontend(ours, **options) as frontend:
+            yield frontend
+    finally:
+        connection.stop()
+        thread.join(10)
+        assert not thread.is_alive()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,16 +14,15 @@ from tests.hostd.frontend import (
     FEATURES,
     GUEST_ADDR,
     MEMORY_SIZE,
-    PROTOCOL,
     REQUEST_AT,
     TABLE_AT,
     Disconnected,
     Frontend,
     bit_30,
+    connected,
 )
 from tests.hostd.guest import ROOT, expect_errno
 from tests.support.wait import wait_until
-from vfsmount.hostd.connection import Connection
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import Opcode
 from vfsmount.wire.vhost_user import (
@@ -49,31 +46,6 @@ if TYPE_CHECKING:
 R = FrontendRequest
 EVENT_IDX = VirtioFeature.RING_EVENT_IDX
 INDIRECT = VirtioFeature.RING_INDIRECT_DESC
-
-
-@contextmanager
-def connected(
-    share: Share,
-    *,
-    poll_us: int = 50,
-    features: int = FEATURES,
-    protocol: int = PROTOCOL,
-    queue_size: int = 16,
-) -> Iterator[Frontend]:
-    """A front-end on a socketpair with a back-end in a thread, which must end with it."""
-    ours, theirs = socket.socketpair()
-    connection = Connection(theirs, share, name="guest", poll_ns=poll_us * 1000)
-    thread = threading.Thread(target=connection.run)
-    thread.start()
-    try:
-        with Frontend(
-            ours, features=features, protocol=protocol, queue_size=queue_size
-        ) as frontend:
-            yield frontend
-    finally:
-        connection.stop()
-        thread.join(10)
-        assert not thread.is_alive()
 
 
 @pytest.fixture

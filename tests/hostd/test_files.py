@@ -46,7 +46,7 @@ def test_read_is_bounded_by_the_room_for_it(guest: DirectGuest, file: Path) -> N
 
     assert guest.read(fh, 0, 10, room=16 + 4) == b"0123"
     assert guest.read(fh, 0, 4, room=16 + 100) == b"0123"
-    assert guest.read(fh, 0, 2**32 - 1, room=16 + 7) == b"0123456"
+    assert guest.read(fh, 0, 1 << 24, room=16 + 7) == b"0123456"
     assert guest.read(fh, 0, 10, room=16) == b""
 
 
