@@ -1,204 +1,276 @@
-"""Random operations on one file, compared after each step with a plain model of it in memory.
+"""Random operations on one file, and the obvious model of it: a bytearray.
 
-    python -m benchmarks.fsx MOUNTED_FILE --steps 1000000 --seed 7
+    python -m benchmarks.fsx EMPTY_MOUNTED_FOLDER --steps 1000000 --seed 7
 
-Reads, writes, appends, truncations, memory maps, fsyncs, closes and re-opens, renames: what a
-program does, in an order that no program would. The same seed gives the same steps. A difference
-ends it with the last steps and where the first wrong byte is.
+The idea is that of fsx, the file system exerciser: every read, by message or by memory map, must
+give what the model says, and after fsync or close the host's copy must be the model, byte for byte,
+if there is a host to look at. Two handles are open all the time.
+A run is decided by its seed and the number of steps alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import errno
 import mmap
 import os
 import random
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Mismatch", "Run"]
+__all__ = ["Exerciser"]
 
-#: Bytes that the file may have; spans several messages and many pages.
-LIMIT = 300_000
-#: Most bytes of one operation.
-LENGTH = 70_000
+#: Bytes; large enough for several messages and for read-ahead, small enough to compare often.
+LARGEST = 256 << 10
+PAGE = mmap.PAGESIZE
+#: Steps that a failure shows.
+SHOWN = 30
+
+FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE = 1, 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
-class Mismatch(AssertionError):
-    """The file is not what it should be."""
-
-
-class Run:
-    """One file and its model.
+class Exerciser:
+    """A file under test and its model.
 
     Args:
-        path: The file; made anew.
+        folder: The mounted folder.
+        host: The same folder at the host; None where nobody can look there.
         seed: Decides everything.
-        maps: Use memory maps as well.
+        through: A write is at the host when write(2) returns; that is looked at, too.
+
+    Attributes:
+        counts: How often each operation was done.
+        refused: Operations that the mount does not have; they are left out from then on.
     """
 
-    def __init__(self, path: str | os.PathLike[str], seed: int, *, maps: bool = True) -> None:
-        self._path = os.fspath(path)
+    def __init__(
+        self, folder: Path, host: Path | None, seed: int, *, through: bool = False
+    ) -> None:
+        self.seed = seed
+        self.through = through
+        self.counts: dict[str, int] = {}
+        self.refused: set[str] = set()
         self._random = random.Random(seed)
+        self._folder, self._host = folder, host
+        self._name = "a"
         self._model = bytearray()
-        self._last: deque[str] = deque(maxlen=12)
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        self._other = os.open(self._path, os.O_RDWR)
-        steps: list[tuple[int, Callable[[], str]]] = [
-            (30, self._read), (40, self._write), (6, self._append), (8, self._truncate),
-            (3, self._fsync), (4, self._reopen), (4, self._size), (1, self._rename),
-            (1, self._empty),
-        ]  # fmt: skip
-        if maps:
-            steps += [(6, self._map_read), (6, self._map_write)]
-        self._steps = [step for weight, step in steps for _ in range(weight)]
+        self._fd = self._open(os.O_CREAT | os.O_EXCL)
+        self._other = self._open()
+        self._done: deque[str] = deque(maxlen=SHOWN)
+        self._steps: dict[str, tuple[int, Callable[[], str]]] = {
+            "read": (20, self.read),
+            "write": (20, self.write),
+            "append": (6, self.append),
+            "truncate": (8, self.truncate),
+            "empty": (1, self.empty),
+            "map read": (8, self.map_read),
+            "map write": (8, self.map_write),
+            "punch hole": (4, self.punch_hole),
+            "rename": (2, self.rename),
+            "reopen": (3, self.reopen),
+            "fsync": (2, self.fsync),
+            "stat": (4, self.stat),
+        }
 
     def run(self, steps: int) -> None:
-        """Do that many random steps.
+        """Do that many steps.
 
         Raises:
-            Mismatch: With what was done last.
+            AssertionError: The file is not as the model; with the last steps and how to repeat.
         """
-        for _ in range(steps):
-            self._last.append(self._random.choice(self._steps)())
+        names = list(self._steps)
+        weights = [weight for weight, _ in self._steps.values()]
+        for number in range(steps):
+            (name,) = self._random.choices(names, weights)
+            if name in self.refused:
+                continue
+            self.counts[name] = self.counts.get(name, 0) + 1
+            try:
+                self._done.append(f"{number}: {name} {self._steps[name][1]()}")
+            except (AssertionError, OSError) as error:
+                raise AssertionError(self._report(number, name, error)) from error
+        self.reopen()
 
-    def close(self) -> bytes:
-        """Close the file and return what should be in it."""
-        os.close(self._fd)
-        os.close(self._other)
-        return bytes(self._model)
+    def close(self) -> None:
+        """Close the file."""
+        open_now, self._fd, self._other = (self._fd, self._other), -1, -1
+        for fd in open_now:
+            if fd >= 0:
+                os.close(fd)
 
-    def _fd_to_use(self) -> int:
+    def _report(self, number: int, name: str, error: Exception) -> str:
+        lines = [f"step {number}, {name}, of seed {self.seed}: {error}", "before that:"]
+        return "\n  ".join([*lines, *self._done])
+
+    def _open(self, flags: int = 0) -> int:
+        return os.open(self._folder / self._name, os.O_RDWR | flags, 0o600)
+
+    def _either(self) -> int:
         return self._random.choice((self._fd, self._fd, self._other))
 
-    def _range(self) -> tuple[int, int]:
-        at = self._random.randrange(max(1, len(self._model)))
-        if self._random.random() < 0.1:
-            at = self._random.randrange(LIMIT - LENGTH)
-        length = self._random.choice((1, 7, 100, 4096, 5000, LENGTH))
-        return at, min(self._random.randint(1, length), LIMIT - at)
+    # --- steps; each returns what it did, for the report ---
 
-    def _compare(self, what: str, at: int, found: bytes) -> None:
-        expected = self._model[at : at + len(found)]
-        if found == expected:
-            return
-        wrong = next(
-            (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
-            min(len(found), len(expected)),
-        )
-        steps = "\n  ".join(self._last)
-        raise Mismatch(
-            f"{what}: byte {at + wrong} of {len(self._model)} is wrong, after\n  {steps}"
-        )
+    def read(self) -> str:
+        at, size = self._range(len(self._model) + PAGE)
+        self._same(os.pread(self._either(), size, at), at, size)
+        return f"{size} at {at}"
 
-    def _read(self) -> str:
-        at, length = self._range()
-        found = os.pread(self._fd_to_use(), length, at)
-        what = f"read {length} at {at}"
-        if len(found) != len(self._model[at : at + length]):
-            steps = "\n  ".join(self._last)
-            raise Mismatch(f"{what}: {len(found)} bytes of {len(self._model)}, after\n  {steps}")
-        self._compare(what, at, found)
-        return what
+    def write(self) -> str:
+        at, size = self._range(LARGEST)
+        data = self._random.randbytes(size)
+        assert os.pwrite(self._either(), data, at) == size
+        self._extend(at)
+        self._model[at : at + size] = data
+        self._written(at, size)
+        return f"{size} at {at}, now {len(self._model)}"
 
-    def _put(self, at: int, data: bytes) -> None:
-        if at > len(self._model):
-            self._model.extend(bytes(at - len(self._model)))
-        self._model[at : at + len(data)] = data
-
-    def _write(self) -> str:
-        at, length = self._range()
-        data = self._random.randbytes(length)
-        assert os.pwrite(self._fd_to_use(), data, at) == length
-        self._put(at, data)
-        return f"write {length} at {at}"
-
-    def _append(self) -> str:
-        length = min(self._random.randint(1, 5000), LIMIT - len(self._model))
-        data = self._random.randbytes(max(0, length))
-        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND)
+    def append(self) -> str:
+        size = min(self._random.randint(1, 3 * PAGE), LARGEST - len(self._model))
+        data = self._random.randbytes(size)
+        fd = self._open(os.O_APPEND)
         try:
-            assert os.write(fd, data) == len(data)
+            assert os.write(fd, data) == size
         finally:
             os.close(fd)
-        self._put(len(self._model), data)
-        return f"append {len(data)}"
+        self._model += data
+        self._written(len(self._model) - size, size)
+        return f"{size}, now {len(self._model)}"
 
-    def _truncate(self) -> str:
-        size = self._random.randrange(LIMIT)
-        if self._random.random() < 0.7:
-            size = self._random.randrange(len(self._model) + 1)
-        os.ftruncate(self._fd_to_use(), size)
+    def truncate(self) -> str:
+        size = self._random.choice((0, len(self._model) // 2, self._random.randint(0, LARGEST)))
+        if self._random.random() < 0.5:
+            os.ftruncate(self._either(), size)
+        else:
+            os.truncate(self._folder / self._name, size)
         del self._model[size:]
-        self._model.extend(bytes(size - len(self._model)))
-        return f"truncate to {size}"
+        self._extend(size)
+        return f"to {size}"
 
-    def _empty(self) -> str:
-        os.close(os.open(self._path, os.O_WRONLY | os.O_TRUNC))
+    def empty(self) -> str:
+        os.close(self._open(os.O_TRUNC))
         self._model.clear()
-        return "open with O_TRUNC"
+        return ""
 
-    def _fsync(self) -> str:
-        os.fsync(self._fd_to_use())
-        return "fsync"
-
-    def _reopen(self) -> str:
-        os.close(self._fd)
-        self._fd = os.open(self._path, os.O_RDWR)
-        return "close and open"
-
-    def _rename(self) -> str:
-        other = self._path + ".other"
-        os.rename(self._path, other)
-        self._path, renamed = other, self._path
-        os.rename(other, renamed)
-        self._path = renamed
-        return "rename there and back"
-
-    def _size(self) -> str:
-        found = os.fstat(self._fd_to_use()).st_size
-        if found != len(self._model):
-            steps = "\n  ".join(self._last)
-            raise Mismatch(f"size {found}, not {len(self._model)}, after\n  {steps}")
-        return "fstat"
-
-    def _map_read(self) -> str:
+    def map_read(self) -> str:
         if not self._model:
-            return "nothing to map"
-        with mmap.mmap(self._fd, len(self._model), prot=mmap.PROT_READ) as mapped:
-            at, length = self._range()
-            self._compare(f"mapped read {length} at {at}", at, mapped[at : at + length])
-        return f"mapped read {length} at {at}"
+            return "of nothing"
+        at, size = self._range(len(self._model))
+        with mmap.mmap(self._fd, 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as view:
+            self._same(view[at : at + size], at, size)
+        return f"{size} at {at}"
 
-    def _map_write(self) -> str:
+    def map_write(self) -> str:
         if not self._model:
-            return "nothing to map"
-        with mmap.mmap(self._fd, len(self._model)) as mapped:
-            at, length = self._range()
-            length = min(length, len(self._model) - at)
-            if length <= 0:
-                return "nothing to map"
-            data = self._random.randbytes(length)
-            mapped[at : at + length] = data
-            mapped.flush()
-        self._put(at, data)
-        return f"mapped write {length} at {at}"
+            return "of nothing"
+        at, size = self._range(len(self._model))
+        size = min(size, len(self._model) - at)
+        data = self._random.randbytes(size)
+        try:
+            view = mmap.mmap(self._fd, 0)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+            self.refused.add("map write")
+            return "refused"
+        with view:
+            view[at : at + size] = data
+        self._model[at : at + size] = data
+        return f"{size} at {at}"
+
+    def punch_hole(self) -> str:
+        at, size = self._range(LARGEST)
+        mode = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
+        if _libc.fallocate(self._fd, mode, at, size):
+            number = ctypes.get_errno()
+            if number not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise OSError(number, os.strerror(number))
+            self.refused.add("punch hole")
+            return "refused"
+        end = min(at + size, len(self._model))
+        if at < end:
+            self._model[at:end] = bytes(end - at)
+        return f"{size} at {at}"
+
+    def rename(self) -> str:
+        old, self._name = self._name, self._random.choice("abc")
+        os.rename(self._folder / old, self._folder / self._name)
+        assert os.listdir(self._folder) == [self._name]
+        return f"{old} to {self._name}"
+
+    def reopen(self) -> str:
+        self.close()
+        self._at_host()
+        self._fd, self._other = self._open(), self._open()
+        return ""
+
+    def fsync(self) -> str:
+        os.fsync(self._either())
+        self._at_host()
+        return ""
+
+    def stat(self) -> str:
+        assert os.fstat(self._either()).st_size == len(self._model)
+        assert os.stat(self._folder / self._name).st_size == len(self._model)
+        return ""
+
+    # --- the model ---
+
+    def _range(self, end: int) -> tuple[int, int]:
+        """A random range below ``end``: often small, sometimes at pages' borders."""
+        at = self._random.randrange(end)
+        if self._random.random() < 0.3:
+            at -= at % PAGE
+        size = self._random.choice((1, 100, PAGE, 5 * PAGE, 40 * PAGE))
+        return at, self._random.randint(1, min(size, end - at))
+
+    def _extend(self, size: int) -> None:
+        if size > len(self._model):
+            self._model += bytes(size - len(self._model))
+
+    def _same(self, found: bytes, at: int, size: int) -> None:
+        check_same(found, bytes(self._model[at : at + size]), at)
+
+    def _written(self, at: int, size: int) -> None:
+        if self.through and self._host is not None:
+            with (self._host / self._name).open("rb") as file:
+                file.seek(at)
+                self._same(file.read(size), at, size)
+
+    def _at_host(self) -> None:
+        if self._host is not None:
+            check_same((self._host / self._name).read_bytes(), bytes(self._model), 0)
+
+
+def check_same(found: bytes, expected: bytes, at: int) -> None:
+    """Compare, and tell where the first difference is instead of what both are."""
+    if found == expected:
+        return
+    pairs = enumerate(zip(found, expected, strict=False))
+    first = next((n for n, (one, two) in pairs if one != two), min(len(found), len(expected)))
+    raise AssertionError(
+        f"{len(found)} bytes for {len(expected)}, different from position {at + first}: "
+        f"{found[first : first + 8]!r} for {expected[first : first + 8]!r}"
+    )
 
 
 def main() -> None:
-    """Run it on a file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path", type=str)
+    """Run it in a folder."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--no-maps", action="store_true", help="without memory maps")
     given = parser.parse_args()
-    run = Run(given.path, given.seed, maps=not given.no_maps)
-    run.run(given.steps)
-    run.close()
+    exerciser = Exerciser(given.folder, None, given.seed)
+    exerciser.run(given.steps)
+    exerciser.close()
     print(f"{given.steps} steps with seed {given.seed}: no difference")
 
 

@@ -112,7 +112,7 @@ _COMMANDS = (
 _EXERCISES = (
     Workload(
         "fsx", f"{STEPS:,} random steps",
-        (sys.executable, "-m", "benchmarks.fsx", "{out}/file", "--steps", str(STEPS)),
+        (sys.executable, "-m", "benchmarks.fsx", "{out}", "--steps", str(STEPS)),
         lines=1, again=False, deadline=3600.0,
     ),
 )  # fmt: skip

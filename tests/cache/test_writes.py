@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from benchmarks.fsx import Run
 from tests.support.daemons import DAEMON_KINDS, require_daemon, start_daemon
 from tests.support.environment import TMPFS, tmpfs_problem
 from tests.support.mounts import start_mount
@@ -71,15 +70,6 @@ def here(request: pytest.FixtureRequest) -> Iterator[Place]:
             yield Place(engine, mode, host, path)
     finally:
         shutil.rmtree(home)
-
-
-def test_random_operations(here: Place) -> None:
-    run = Run(here.path / "fsx", seed=1, maps=here.mode != "none")
-    try:
-        run.run(1500)
-    finally:
-        expected = run.close()
-    assert (here.host / "fsx").read_bytes() == expected
 
 
 def test_small_writes_are_gathered(here: Place) -> None:

@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from tests.fsx.model import Exerciser
+from benchmarks.fsx import Exerciser
 from tests.support.daemons import require_daemon
 from tests.support.shares import open_shared
 

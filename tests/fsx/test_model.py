@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.fsx.model import Exerciser
+from benchmarks.fsx import Exerciser
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,7 @@ def run(folder: Path, seed: int = 1) -> Exerciser:
 
 def test_plain_folder(tmp_path: Path) -> None:
     exerciser = run(tmp_path)
-    assert len(exerciser.counts) == 11
+    assert len(exerciser.counts) == 12
 
 
 def test_same_seed_same_steps(tmp_path: Path) -> None:
