@@ -20,10 +20,10 @@ __all__ = [
     "STATX_SIZE",
     "UTIME_NOW",
     "UTIME_OMIT",
+    "MountIds",
     "birth_time",
     "fallocate",
     "getdents64",
-    "mount_id",
     "name_to_handle_at",
     "open_beneath",
     "open_by_handle_at",
@@ -49,8 +49,8 @@ STATX_SIZE: Final = 256
 CAP_DAC_OVERRIDE: Final = 1
 CAP_FSETID: Final = 4
 
-_AT_SYMLINK_NOFOLLOW = 0x100
-_AT_STATX_DONT_SYNC = 0x4000
+#: AT_SYMLINK_NOFOLLOW and AT_STATX_DONT_SYNC: through no link, and no server is asked.
+_OF_ITSELF = AT_EMPTY_PATH | 0x100 | 0x4000
 _STATX_BTIME, _STX_BTIME = 0x800, struct.Struct("=80xqI")
 _STATX_MNT_ID, _STX_MNT_ID = 0x1000, struct.Struct("=144xQ")
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x02, 0x04, 0x08
@@ -154,26 +154,31 @@ def statx(fd: int, flags: int, mask: int) -> bytes:
     return buffer.raw
 
 
-def _statx_word(fd: int, name: bytes, mask: int, layout: struct.Struct) -> tuple[int, ...]:
-    """Ask statx(2), which follows no link and waits for no server, for one field."""
-    buffer = ctypes.create_string_buffer(STATX_SIZE)
-    flags = AT_EMPTY_PATH | _AT_SYMLINK_NOFOLLOW | _AT_STATX_DONT_SYNC
-    _check(_statx(fd, name, flags, mask, ctypes.addressof(buffer)))
-    return layout.unpack_from(buffer)
+class MountIds:
+    """Asks statx(2) for mounts. For one thread: it has a buffer, which halves the time (2 us)."""
 
+    __slots__ = ("_address", "_buffer")
 
-def mount_id(fd: int, name: bytes = b"") -> int:
-    """Return the id of the mount that a descriptor, or a name in it, lies on; 0 before Linux 5.8.
+    def __init__(self) -> None:
+        self._buffer = ctypes.create_string_buffer(STATX_SIZE)
+        self._address = ctypes.addressof(self._buffer)
 
-    Ids are given out again after an unmount.
-    """
-    return _statx_word(fd, name, _STATX_MNT_ID, _STX_MNT_ID)[0]
+    def of(self, fd: int, name: bytes = b"") -> int:
+        """Return the id of the mount that a descriptor, or a name in it, lies on.
+
+        Ids are given out again after an unmount. Before Linux 5.8 they are all 0.
+        """
+        if _statx(fd, name, _OF_ITSELF, _STATX_MNT_ID, self._address) == -1:
+            _check(-1)
+        number: int = _STX_MNT_ID.unpack_from(self._buffer)[0]
+        return number
 
 
 def birth_time(fd: int) -> int:
     """Return when a file was made, in ns since the epoch; 0 where nobody knows."""
-    seconds, nanoseconds = _statx_word(fd, b"", _STATX_BTIME, _STX_BTIME)
-    return seconds * 1_000_000_000 + nanoseconds
+    found = statx(fd, _OF_ITSELF, _STATX_BTIME)
+    seconds, nanoseconds = _STX_BTIME.unpack_from(found)
+    return int(seconds * 1_000_000_000 + nanoseconds)
 
 
 def open_beneath(dir_fd: int, path: bytes, flags: int) -> int:

@@ -122,6 +122,7 @@ class InodeTable:
         "_device",
         "_keeper",
         "_limit",
+        "_mount_ids",
         "_next_id",
         "_open",
         "_places",
@@ -140,8 +141,9 @@ class InodeTable:
         fd = os.open(".", NODE_FLAGS, dir_fd=root_fd)
         attributes = os.fstat(fd)
         self._device = attributes.st_dev
+        self._mount_ids = syscalls.MountIds()
         #: (device, mount) → number above inode numbers. A guest cannot make new ones.
-        self._places = {(self._device, 0): 0, (self._device, syscalls.mount_id(fd)): 0}
+        self._places = {(self._device, 0): 0, (self._device, self._mount_ids.of(fd)): 0}
         self._insert(fd, attributes, self._key(attributes, fd))
 
     def __len__(self) -> int:
@@ -232,7 +234,7 @@ class InodeTable:
         """Key of the file that a descriptor, or a name in it, leads to."""
         number, device = attributes.st_ino, attributes.st_dev
         if attributes.st_mode & _S_IFMT == stat.S_IFDIR:
-            place = device, syscalls.mount_id(fd, name)
+            place = device, self._mount_ids.of(fd, name)
         elif device == self._device:
             return number
         else:
