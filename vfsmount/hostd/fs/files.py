@@ -127,6 +127,7 @@ def create(session: Session, request: Request) -> bytes:
     parent = session.inodes.get(request.header.nodeid)
     name, args = check_name(request.names[0]), request.args
     flags = _allowed_flags(session, args.flags)
+    session.check_room()
     making = flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         with session.acting_as_caller(request):
@@ -155,6 +156,7 @@ def tmpfile(session: Session, request: Request) -> bytes:
     parent = session.inodes.get(request.header.nodeid)
     args = request.args
     flags = _allowed_flags(session, args.flags)
+    session.check_room()
     making = flags | os.O_TMPFILE | os.O_CLOEXEC | args.flags & os.O_EXCL
     with session.acting_as_caller(request):
         fd = os.open(b".", making, stat.S_IMODE(args.mode), dir_fd=parent.fd)

@@ -58,6 +58,10 @@ _MAX_STEPS: Final = 10
 #: Interrupts that came before what they interrupt: the two travel on different queues.
 _MAX_EARLY: Final = 64
 
+#: Waits of one guest. Each takes a place in a ring until it is over, but a guest that breaks the
+#: rules can offer one place again and again. No queue that we know of has more.
+_MAX_WAITS: Final = 1024
+
 #: What tells files apart: ``st_dev`` and ``st_ino``.
 _File = tuple[int, int]
 
@@ -124,6 +128,7 @@ class GuestLocks:
     __slots__ = (
         "_early",
         "_files",
+        "_held",
         "_owners",
         "_pause",
         "_retry_at",
@@ -138,6 +143,7 @@ class GuestLocks:
         self._share = share
         self._files = files
         self._owners: dict[_File, dict[int, _Owner]] = {}
+        self._held = 0
         self._early: dict[int, None] = {}
         self._settled: list[tuple[int, int]] = []
         self._pause = _FIRST_PAUSE
@@ -174,12 +180,18 @@ class GuestLocks:
         if args.type == _UNLOCK and (owner is None or _is_whole(args)):
             self._give_up(file, args.owner)
             return
-        fd = self._open(handle) if owner is None else owner.fd
+        if owner is None:
+            fd = self._open(handle)
+            self._held += 1
+        else:
+            fd = owner.fd
         self._owners.setdefault(file, {})[args.owner] = _Owner(fd, args.fh, args.pid)
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
 
     def _open(self, handle: FileHandle) -> int:
         """Open a description for a lock owner: for both kinds of locks, if we may."""
+        if self._held >= self._share.open_limit:
+            raise OSError(errno.ENOLCK, "too many owners of locks")
         name, proc_fd = b"%d" % handle.fd, self._share.proc_fd
         if not self._share.options.readonly:
             with suppress(OSError):
@@ -227,6 +239,7 @@ class GuestLocks:
         with self.board.mutex:
             for owner in owners:
                 os.close(owner.fd)
+        self._held -= len(owners)
         self.board.notify()
 
     def clear(self) -> None:
@@ -256,6 +269,8 @@ class GuestLocks:
             raise OSError(errno.EINTR, "interrupted")
         if unique in self.waits:
             raise OSError(errno.EINVAL, "two requests with one number")
+        if len(self.waits) >= _MAX_WAITS:
+            raise OSError(errno.ENOLCK, "too many waits for locks")
         with self.board.mutex:
             if not args.lk_flags & _FLOCK and self._would_deadlock(args):
                 raise OSError(errno.EDEADLK, "a circle of locks")

@@ -132,7 +132,7 @@ class Session:
         size = share.options.dax
         self.window = DaxWindow(size) if size else None
         self.policy = share.policy
-        self.inodes = InodeTable(share.root_fd, share.keeper)
+        self.inodes = InodeTable(share.root_fd, share.keeper, share.node_limit)
         self.files: HandleTable[FileHandle] = HandleTable(self.inodes)
         self.dirs: HandleTable[DirHandle] = HandleTable(self.inodes)
         self.locks = GuestLocks(share, self.files)
@@ -269,11 +269,21 @@ class Session:
         regular files and directories: a device must not be touched, a FIFO would block.
 
         Raises:
-            OSError: EBADF for other kinds; the host's errors.
+            OSError: EBADF for other kinds; ENFILE; the host's errors.
         """
+        self.check_room()
         if inode.kind not in (stat.S_IFREG, stat.S_IFDIR):
             raise OSError(errno.EBADF, "only files and directories are opened")
         return os.open(inode.proc_name, flags | os.O_CLOEXEC, dir_fd=self.share.proc_fd)
+
+    def check_room(self) -> None:
+        """Before a file or directory is opened for the guest.
+
+        Raises:
+            OSError: ENFILE: it has as many as a guest may have; the others need some, too.
+        """
+        if len(self.files) + len(self.dirs) >= self.share.open_limit:
+            raise OSError(errno.ENFILE, "too many open files of one guest")
 
     def acting_as_caller(self, request: Request) -> AbstractContextManager[None]:
         """Be the caller of a creating request for the length of a ``with`` block."""

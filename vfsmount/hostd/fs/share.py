@@ -7,11 +7,13 @@ a node held by an O_PATH descriptor has a name to be opened, linked and changed 
 from __future__ import annotations
 
 import os
+import resource
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfsmount.errors import UsageError
+from vfsmount.hostd.fs.inodes import MAX_NODE_FDS
 from vfsmount.hostd.fs.keeping import NodeKeeper
 from vfsmount.hostd.fs.locks import LockBoard
 from vfsmount.wire.fuse_flags import OpenOutFlag
@@ -94,6 +96,9 @@ class Share:
         root_fd: O_PATH descriptor of the directory.
         proc_fd: O_PATH descriptor of ``/proc/self/fd``.
         keeper: How to keep a node without a descriptor.
+        node_limit: Descriptors that one guest's nodes may hold between requests.
+        open_limit: Files and directories that one guest may have open, which is two descriptors
+            each; and owners of locks that it may have, one each.
         locks: Who waits for locks.
 
     Raises:
@@ -103,6 +108,10 @@ class Share:
     def __init__(self, directory: str | bytes | os.PathLike[str], options: ShareOptions) -> None:
         self.options = options
         self.locks = LockBoard()
+        # One guest alone cannot use up what all have: it gets at most 7/8 of it.
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.node_limit = min(MAX_NODE_FDS, descriptors // 8)
+        self.open_limit = descriptors // 4
         flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         try:
             self.root_fd = os.open(directory, flags)
