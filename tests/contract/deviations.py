@@ -107,6 +107,42 @@ DEVIATIONS = (
         "ENOSYS",
         "virtiofsd (C) has no ACCESS: the guest checks permissions",
     ),
+    Deviation(
+        "locks",
+        ("c", "rust"),
+        _SESSION,
+        "ENOSYS",
+        "virtiofsd (C) has locks when it is told to, the one in Rust has none; mounted, the kernel "
+        "keeps them then",
+    ),
+    Deviation(
+        "flock locks",
+        ("rust",),
+        _SESSION,
+        "ENOSYS",
+        "as locks; virtiofsd (C) says yes to these and has none",
+    ),
+    Deviation(
+        "a file without a name",
+        ("c", "rust"),
+        _SESSION,
+        "ENOSYS",
+        "virtiofsd has no TMPFILE",
+    ),
+    Deviation(
+        "a file without a name",
+        ("c", "rust"),
+        _MOUNTED,
+        "ENOTSUP",
+        "the same, as the kernel tells it",
+    ),
+    Deviation(
+        "a file without a name",
+        ("bundled",),
+        ("pyfuse3-none", "pyfuse3-auto"),
+        "ENOTSUP",
+        "pyfuse3 has no handler for TMPFILE",
+    ),
 )
 
 

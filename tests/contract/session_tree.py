@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import trio
 
 import vfsmount
-from tests.contract.trees import NOW, OMIT, Stat, Statfs
+from tests.contract.trees import NOW, OFFSET_MAX, OMIT, Lock, Stat, Statfs
 from vfsmount.client.session import setattr_in
 from vfsmount.errors import RemoteErrno
 from vfsmount.wire import fuse
@@ -294,6 +294,17 @@ class SessionTree:
 
         self.run(call)
 
+    def link_node(self, nodeid: int, name: bytes) -> None:
+        """Link a node that the caller holds."""
+
+        async def call(session: vfsmount.Session) -> None:
+            async with self.parent(name) as (folder, last):
+                linked = await session.link(nodeid, folder.nodeid, last, self._caller)
+                assert linked.nodeid == nodeid
+                self._entered(linked)
+
+        self.run(call)
+
     def unlink(self, name: bytes) -> None:
         async def call(session: vfsmount.Session) -> None:
             async with self.parent(name) as (folder, last), self._held(folder, last):
@@ -419,6 +430,17 @@ class SessionTree:
 
         return self.run(call)
 
+    def tmpfile(self, flags: int, mode: int = 0o644) -> SessionHandle:
+        async def call(session: vfsmount.Session) -> SessionHandle:
+            async with self.node(b".") as folder:
+                masked = stat.S_IFREG | mode & ~self._umask
+                made = await session.tmpfile(folder.nodeid, flags, masked, caller=self._caller)
+                entry, opened = made
+                self._entered(entry)
+                return SessionHandle(self, entry.nodeid, opened.fh, flags)
+
+        return self.run(call)
+
     async def _open(self, session: vfsmount.Session, name: bytes, flags: int) -> SessionHandle:
         entry = await self.walk(name)  # the reference goes on in the handle
         try:
@@ -527,6 +549,31 @@ class SessionHandle:
 
     def fsync(self, datasync: bool = False) -> None:
         self._tree.run(lambda session: session.fsync(self.nodeid, self.fh, datasync))
+
+    def lock(self, kind: int, start: int = 0, end: int = OFFSET_MAX) -> None:
+        self._lock(kind, start, end, 0)
+
+    def flock(self, kind: int) -> None:
+        self._lock(kind, 0, OFFSET_MAX, fuse.LockFlag.FLOCK)
+
+    def _lock(self, kind: int, start: int, end: int, flags: int) -> None:
+        wanted = fuse.LkIn(self.fh, self._owner, start, end, kind, os.getpid(), flags)
+        self._tree.run(lambda session: session.setlk(self.nodeid, wanted))
+
+    def find_lock(self, kind: int, start: int = 0, end: int = OFFSET_MAX) -> Lock | None:
+        asked = fuse.LkIn(self.fh, self._owner, start, end, kind, os.getpid(), 0)
+        found = self._tree.run(lambda session: session.getlk(self.nodeid, asked))
+        if found.type == fuse.LockType.UNLOCK:
+            return None
+        return Lock(found.type, found.start, found.end)
+
+    @property
+    def _owner(self) -> int:
+        """A lock owner of its own for each handle, as the kernel makes for a file description."""
+        return 0xACE0_0000_0000 + self.fh
+
+    def give_name(self, name: bytes) -> None:
+        self._tree.link_node(self.nodeid, name)
 
     def close(self) -> None:
         async def call(session: vfsmount.Session) -> None:

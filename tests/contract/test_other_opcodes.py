@@ -162,7 +162,7 @@ def test_statx(twin: Twin, tree: SessionTree) -> None:
             return await session.statx(entry.nodeid), stat_of(attributes)
 
     if error_of(tree, ask) == "ENOSYS":
-        assert twin.kind in ("c", "rust", "bundled")
+        assert twin.kind in ("c", "rust")
         return
     found, plain = tree.run(ask)
     assert (found.stat.mode, found.stat.size, found.stat.ino) == (

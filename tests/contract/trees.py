@@ -12,8 +12,10 @@ for utimensat(2)'s two special values.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import stat
+import struct
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
@@ -21,12 +23,28 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
-__all__ = ["NOW", "OMIT", "Handle", "PathTree", "Stat", "Statfs", "Tree", "failure"]
+__all__ = [
+    "NOW",
+    "OFFSET_MAX",
+    "OMIT",
+    "Handle",
+    "Lock",
+    "PathTree",
+    "Stat",
+    "Statfs",
+    "Tree",
+    "failure",
+]
 
 NOW: Final = (1 << 30) - 1
 OMIT: Final = (1 << 30) - 2
 AT_FDCWD: Final = -100
 AT_SYMLINK_NOFOLLOW: Final = 0x100
+
+#: Last byte of a lock that goes to the end, wherever that is.
+OFFSET_MAX: Final = (1 << 63) - 1
+#: ``struct flock``: type, whence, start, length (0: to the end), pid.
+_STRUCT_FLOCK: Final = struct.Struct("hhqqi0q")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -80,8 +98,20 @@ class Statfs(NamedTuple):
     namemax: int
 
 
+class Lock(NamedTuple):
+    """A lock: its kind as ``fuse.LockType`` has it, and its first and last byte."""
+
+    kind: int
+    start: int
+    end: int
+
+
 class Handle(Protocol):
-    """An open file."""
+    """An open file.
+
+    ``lock`` and ``flock`` belong to the handle, like fcntl(2)'s open file description locks, and do
+    not wait. ``give_name`` links what ``Tree.tmpfile`` has made.
+    """
 
     def pread(self, size: int, offset: int) -> bytes: ...
     def pwrite(self, data: bytes, offset: int) -> int: ...
@@ -90,6 +120,10 @@ class Handle(Protocol):
     def chmod(self, mode: int) -> None: ...
     def utime(self, atime_ns: int, mtime_ns: int) -> None: ...
     def fsync(self, datasync: bool = False) -> None: ...
+    def lock(self, kind: int, start: int = 0, end: int = OFFSET_MAX) -> None: ...
+    def flock(self, kind: int) -> None: ...
+    def find_lock(self, kind: int, start: int = 0, end: int = OFFSET_MAX) -> Lock | None: ...
+    def give_name(self, name: bytes) -> None: ...
     def close(self) -> None: ...
     def __enter__(self) -> Handle: ...
     def __exit__(self, *reason: object) -> None: ...
@@ -107,6 +141,7 @@ class Tree(Protocol):
     def statfs(self) -> Statfs: ...
 
     def open(self, name: bytes, flags: int, mode: int = 0o644) -> Handle: ...
+    def tmpfile(self, flags: int, mode: int = 0o644) -> Handle: ...
     def mkdir(self, name: bytes, mode: int = 0o755) -> None: ...
     def mknod(self, name: bytes, mode: int, rdev: int = 0) -> None: ...
     def symlink(self, target: bytes, name: bytes) -> None: ...
@@ -158,10 +193,16 @@ def _times(*times_ns: int) -> ctypes.Array[ctypes.c_long]:
 
 
 class PathHandle:
-    """An open descriptor."""
+    """An open descriptor.
 
-    def __init__(self, fd: int) -> None:
+    Args:
+        fd: It.
+        root: The tree's folder.
+    """
+
+    def __init__(self, fd: int, root: bytes = b"") -> None:
         self.fd = fd
+        self._root = root
 
     def pread(self, size: int, offset: int) -> bytes:
         return os.pread(self.fd, size, offset)
@@ -183,6 +224,31 @@ class PathHandle:
 
     def fsync(self, datasync: bool = False) -> None:
         (os.fdatasync if datasync else os.fsync)(self.fd)
+
+    def lock(self, kind: int, start: int = 0, end: int = OFFSET_MAX) -> None:
+        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, self._flock(kind, start, end))
+
+    def flock(self, kind: int) -> None:
+        fcntl.flock(self.fd, (fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_UN)[kind] | fcntl.LOCK_NB)
+
+    def find_lock(self, kind: int, start: int = 0, end: int = OFFSET_MAX) -> Lock | None:
+        found = fcntl.fcntl(self.fd, fcntl.F_OFD_GETLK, self._flock(kind, start, end))
+        kind, _, start, length, _ = _STRUCT_FLOCK.unpack(found)
+        last = start + length - 1 if length else OFFSET_MAX
+        return None if kind == fcntl.F_UNLCK else Lock(kind, start, last)
+
+    def _flock(self, kind: int, start: int, end: int) -> bytes:
+        length = 0 if end == OFFSET_MAX else end - start + 1
+        return _STRUCT_FLOCK.pack(kind, os.SEEK_SET, start, length, 0)
+
+    def give_name(self, name: bytes) -> None:
+        # With a directory it is linkat(2) that Python calls, which follows; link(2) does not.
+        folder = os.open(self._root, os.O_PATH)
+        try:
+            path = b"/proc/self/fd/%d" % self.fd
+            os.link(path, name, dst_dir_fd=folder, follow_symlinks=True)
+        finally:
+            os.close(folder)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -228,7 +294,10 @@ class PathTree:
         return Statfs(found.f_bsize, found.f_frsize, found.f_blocks, found.f_files, found.f_namemax)
 
     def open(self, name: bytes, flags: int, mode: int = 0o644) -> PathHandle:
-        return PathHandle(os.open(self.path(name), flags, mode))
+        return PathHandle(os.open(self.path(name), flags, mode), self.root)
+
+    def tmpfile(self, flags: int, mode: int = 0o644) -> PathHandle:
+        return PathHandle(os.open(self.root, flags | os.O_TMPFILE, mode), self.root)
 
     def mkdir(self, name: bytes, mode: int = 0o755) -> None:
         os.mkdir(self.path(name), mode)
