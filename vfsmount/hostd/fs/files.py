@@ -196,9 +196,10 @@ def read(session: Session, call: Call) -> int:
     """READ: from the file into the guest's buffers. Fewer bytes than asked mean the end."""
     fh, offset, size = _READ_IN.unpack_from(call.message, HEADER_SIZE)
     fd = session.files.get(fh).fd
+    size = min(size, call.room - REPLY_SIZE)
     if size > _MAX_READ:
         raise OSError(errno.EINVAL, "read of more than any guest's pages")
-    views = window(call.writable, REPLY_SIZE, min(size, call.room - REPLY_SIZE))
+    views = window(call.writable, REPLY_SIZE, size)
     if len(views) <= _IOV_MAX:
         return os.preadv(fd, views, offset)
     return _piecewise(os.preadv, fd, views, offset)
