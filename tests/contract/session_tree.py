@@ -37,6 +37,12 @@ START_DEADLINE = 30.0
 LISTING_SIZE = 32768
 
 
+async def map_start(session: vfsmount.Session, nodeid: int, flags: int) -> None:
+    """Map the start of a file that was opened, so that DAX has to keep the contract as well."""
+    if session.dax is not None:
+        await session.dax.map(nodeid, 0, 1, write=flags & os.O_ACCMODE != os.O_RDONLY)
+
+
 class SessionThread:
     """One session and its event loop, in a thread of its own."""
 
@@ -59,7 +65,8 @@ class SessionThread:
             self._ready.set()
 
     async def _main(self) -> None:
-        async with vfsmount.connect(self._socket) as session:
+        # Where the daemon has a window, each file is mapped when it is opened: see `map_start`.
+        async with vfsmount.connect(self._socket, dax=64 << 20) as session:
             self.session = session
             self._token = trio.lowlevel.current_trio_token()
             self._leave = trio.Event()
@@ -448,6 +455,7 @@ class SessionTree:
         except BaseException:
             self._give_back(entry.nodeid)
             raise
+        await map_start(session, entry.nodeid, flags)
         return SessionHandle(self, entry.nodeid, opened.fh, flags)
 
     async def _create(
@@ -463,6 +471,7 @@ class SessionTree:
                 caller=self._caller,
                 group=self._group(folder),
             )
+            await map_start(session, entry.nodeid, flags)
             return SessionHandle(self, entry.nodeid, opened.fh, flags)
 
     # --- who -------------------------------------------------------------------------------------

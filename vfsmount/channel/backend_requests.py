@@ -29,7 +29,7 @@ from vfsmount.wire.vhost_user import (
     missing_features,
 )
 
-__all__ = ["BackendHandler", "BackendRequestServer"]
+__all__ = ["BackendHandler", "BackendRequestServer", "OlderHandler"]
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 #: (``os.dup`` them), it returns 0 or a positive errno. It runs in the event loop and must not
 #: block.
 BackendHandler: TypeAlias = Callable[[Payload, list[int]], int]
+#: The same for requests that are in no standard: they get the payload's bytes, may raise WireError,
+#: and count the descriptors themselves.
+OlderHandler: TypeAlias = Callable[[bytes, list[int]], int]
 
 _U64_MASK: Final = (1 << 64) - 1
 
@@ -58,6 +61,8 @@ class BackendRequestServer:
         sock: Our end of the channel; this object owns it.
         negotiated: Who knows the features that have been acked.
         handlers: What we can do.
+        older: What we can do of what came before the standard, by number: looked at where the
+            standard's meaning of a number was not negotiated.
     """
 
     def __init__(
@@ -65,10 +70,12 @@ class BackendRequestServer:
         sock: MessageSocket,
         negotiated: Negotiated,
         handlers: Mapping[BackendRequest, BackendHandler],
+        older: Mapping[int, OlderHandler] | None = None,
     ) -> None:
         self._socket = sock
         self._negotiated = negotiated
         self._handlers = handlers
+        self._older = older or {}
 
     def close(self) -> None:
         """Close the channel; again is harmless."""
@@ -108,14 +115,18 @@ class BackendRequestServer:
 
     def _handle(self, message: Message) -> int:
         """Return 0 or a positive errno."""
-        kind = BACKEND_MESSAGES.get(message.header.request)
+        number, features = message.header.request, self._negotiated
+        kind = BACKEND_MESSAGES.get(number)
+        missing = (
+            missing_features(kind, features.protocol_features, features.features) if kind else []
+        )
+        if number in self._older and (kind is None or missing) and not message.header.is_reply:
+            return self._older[number](message.payload, message.fds)
         if kind is None or message.header.is_reply:
-            kind_of(BACKEND_MESSAGES, message.header.request)
+            kind_of(BACKEND_MESSAGES, number)
             raise WireError("a reply to nothing")
-        request = BackendRequest(message.header.request)
+        request = BackendRequest(number)
         handler = self._handlers.get(request)
-        features = self._negotiated
-        missing = missing_features(kind, features.protocol_features, features.features)
         if missing or handler is None:
             log.warning("refused the daemon's %s: %s", request.name, missing or "not supported")
             return errno.EOPNOTSUPP

@@ -20,7 +20,7 @@ from vfsmount.channel.frontend import DeviceOffer, Frontend
 from vfsmount.channel.memory import GUEST_BASE, SharedMemory
 from vfsmount.channel.options import ChannelOptions
 from vfsmount.channel.rings import DriverQueue
-from vfsmount.channel.shmem import window_handlers
+from vfsmount.channel.shmem import older_handlers, region_size, window_handlers
 from vfsmount.channel.socket import MessageSocket, connect
 from vfsmount.errors import HandshakeError, ProtocolViolation
 from vfsmount.wire import virtio_fs
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
-    from vfsmount.channel.backend_requests import BackendHandler
+    from vfsmount.channel.backend_requests import BackendHandler, OlderHandler
     from vfsmount.channel.shmem import Window
     from vfsmount.wire.vring import VringLayout
 
@@ -143,12 +143,13 @@ async def open_channel(
     async with _connection(path, sock, options) as (frontend, background, closing):
         offer = await frontend.introduce(window is not None)
         _check_offer(offer)
-        table = dict(handlers or {})
+        table, older = dict(handlers or {}), {}
         if window is not None:
             table |= window_handlers(window)
             closing.callback(window.clear)
-            window.offered(offer.shmem.get(virtio_fs.DAX_SHMID, 0))
-        server = await _open_backend_channel(frontend, closing, table)
+            window.offered(region_size(frontend.protocol_features, offer.shmem))
+            older = older_handlers(window)
+        server = await _open_backend_channel(frontend, closing, table, older)
         await frontend.accept_features(offer, options)
         memory, arena, queues = _allocate(frontend.features, options, closing)
         await frontend.share(memory)
@@ -225,7 +226,10 @@ def _page_up(offset: int) -> int:
 
 
 async def _open_backend_channel(
-    frontend: Frontend, closing: ExitStack, handlers: Mapping[BackendRequest, BackendHandler]
+    frontend: Frontend,
+    closing: ExitStack,
+    handlers: Mapping[BackendRequest, BackendHandler],
+    older: Mapping[int, OlderHandler],
 ) -> BackendRequestServer | None:
     if not frontend.protocol_features & ProtocolFeature.BACKEND_REQ:
         return None
@@ -234,6 +238,7 @@ async def _open_backend_channel(
         MessageSocket(trio.socket.from_stdlib_socket(ours)),
         frontend,
         {BackendRequest.CONFIG_CHANGE_MSG: _ignore_config_change, **handlers},
+        older,
     )
     closing.callback(server.close)
     with theirs:

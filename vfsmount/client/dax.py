@@ -29,7 +29,7 @@ import trio
 
 from vfsmount.dax_shm.benefit import Benefit, Verdict
 from vfsmount.errors import RemoteErrno, VfsmountError
-from vfsmount.wire.fuse import Opcode, SetupmappingFlag
+from vfsmount.wire.fuse import AttrFlag, Opcode, SetupmappingFlag
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 _SET_ID: Final = stat.S_ISUID | stat.S_ISGID
 #: Writes of such handles are the daemon's: it knows the end of the file, and what is durable.
 _BY_MESSAGE: Final = os.O_APPEND | os.O_DSYNC | os.O_DIRECT
+_WANTED: Final = int(AttrFlag.DAX)
 #: Accesses without a checkpoint before one is taken, as in the channel.
 _FAIRNESS: Final = 64
 
@@ -102,14 +103,24 @@ class Dax:
         session: Where mappings are asked for.
         window: Where they come to be.
         spawn: Starts a background task: ``nursery.start_soon``.
+        per_inode: Whether the daemon says of each file if it is to be mapped (HAS_INODE_DAX).
     """
 
-    def __init__(self, session: Requests, window: Window, spawn: Callable[..., object]) -> None:
+    def __init__(
+        self,
+        session: Requests,
+        window: Window,
+        spawn: Callable[..., object],
+        *,
+        per_inode: bool = False,
+    ) -> None:
         self._session = session
         self._window = window
         self._ranges = window.ranges
         self._spawn = spawn
         self._benefit = Benefit()
+        self._per_inode = per_inode
+        self._excluded: set[int] = set()
         self._handles: dict[int, tuple[int, int]] = {}
         self._on_the_way: dict[tuple[int, int], _SetUp] = {}
         self._turns = 0
@@ -128,6 +139,14 @@ class Dax:
             self._bypassed,
             self._failures,
         )
+
+    def found(self, nodeid: int, attr_flags: int) -> None:
+        """A node was looked up: keep in mind whether the daemon wants it mapped."""
+        if self._per_inode:
+            if attr_flags & _WANTED:
+                self._excluded.discard(nodeid)
+            else:
+                self._excluded.add(nodeid)
 
     # --- handles ---------------------------------------------------------------------------------
 
@@ -237,7 +256,7 @@ class Dax:
 
     def _missed(self, nodeid: int, index: int, size: int, write: bool) -> None:
         self._misses += 1
-        if (nodeid, index) in self._on_the_way:
+        if (nodeid, index) in self._on_the_way or nodeid in self._excluded:
             return
         known = self._ranges.find(nodeid, index) is not None
         full = not known and self._ranges.full
@@ -325,6 +344,7 @@ class Dax:
     def forget(self, nodeid: int) -> None:
         """A node is about to be forgotten: its number may soon mean another file."""
         self._benefit.forget(nodeid)
+        self._excluded.discard(nodeid)
         for key, under_way in self._on_the_way.items():
             if key[0] == nodeid:
                 under_way.forgotten = True

@@ -248,7 +248,10 @@ class Session:
         self.window = None
         if window is not None and InitFlag.MAP_ALIGNMENT in accepted:
             self.window = window if window.align(self.facts.map_alignment) else None
-        self.dax = Dax(self, self.window, self._nursery.start_soon) if self.window else None
+        self.dax = None
+        if self.window is not None:
+            per_inode = InitFlag.HAS_INODE_DAX in accepted
+            self.dax = Dax(self, self.window, self._nursery.start_soon, per_inode=per_inode)
         if InitFlag.SECURITY_CTX in accepted:
             # Each creating request must carry a context then; none is a set of none.
             self._security = fuse.encode_extensions(fuse.Extensions(security=()))
@@ -990,6 +993,8 @@ class Session:
             raise self._violation(f"entry with nodeid {entry.nodeid}")
         if not _sane(entry.attr):
             raise self._violation(f"impossible attributes of node {entry.nodeid}: {entry.attr}")
+        if self.dax is not None:
+            self.dax.found(entry.nodeid, entry.attr.flags)
         return entry
 
     def _violation(self, what: str) -> ProtocolViolation:

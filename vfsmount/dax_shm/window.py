@@ -159,6 +159,14 @@ class Window:
             return self._refuse(errno.EINVAL, f"no mapping of {length:#x} bytes at {moffset:#x}")
         return 0
 
+    def drop(self, moffset: int, length: int) -> None:
+        """Take every mapping away that has a byte in a part of the window."""
+        with self._lock:
+            self.generation += 1
+            for one in self._table.overlapping(moffset, length):
+                self._table.remove(one.moffset, one.length)
+                self._let_go(one.file)
+
     def _let_go(self, file: OpenFile) -> None:
         file.mappings -= 1
         if not file.mappings:

@@ -36,6 +36,7 @@ from vfsmount.wire.vhost_user import (
     MemoryTable,
     Payload,
     ProtocolFeature,
+    ShmemConfig,
     VirtioFeature,
     VringAddr,
     VringState,
@@ -186,6 +187,7 @@ class FakeDevice:
         num_queues: Answer to GET_QUEUE_NUM.
         config: Config space; None answers GET_CONFIG with an empty payload.
         mute: Never look at the rings.
+        shmem: Bytes of the shared memory region to offer; 0 for none.
 
     Attributes:
         requests: Names of the messages received, in order.
@@ -207,6 +209,7 @@ class FakeDevice:
         num_queues: int = 2,
         config: virtio_fs.Config | None = _DEFAULT_CONFIG,
         mute: bool = False,
+        shmem: int = 0,
     ) -> None:
         self.serve = serve
         self.requests: list[str] = []
@@ -218,7 +221,8 @@ class FakeDevice:
         self.backend_channel: socket.socket | None = None
         self._reactions = dict(reactions or {})
         self._features = features
-        self._protocol_features = protocol_features
+        self._protocol_features = protocol_features | (int(_PF.SHMEM) if shmem else 0)
+        self._shmem = shmem
         self._num_queues = num_queues
         self._config = config
         self._mute = mute
@@ -294,14 +298,25 @@ class FakeDevice:
         self, request: BackendRequest, record: Payload = None, fds: tuple[int, ...] = ()
     ) -> int:
         """Send a request on the back-end channel and return the front-end's answer (u64)."""
+        return self.ask_raw(encode_message(request, record, need_reply=True), fds)
+
+    def ask_raw(self, message: bytes, fds: tuple[int, ...] = ()) -> int:
+        """The same with any bytes that ask for an answer."""
         channel = self.backend_channel
         assert channel is not None, "no back-end channel"
         channel.settimeout(_STOP_PATIENCE)
-        message = encode_message(request, record, need_reply=True)
         socket.send_fds(channel, [message], list(fds))
         data = channel.recv(HEADER.size + 8, socket.MSG_WAITALL)
         assert decode_header(data).is_reply
         return int.from_bytes(data[HEADER.size :], "little")
+
+    def send_backend(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Send bytes on the back-end channel, and expect no answer."""
+        assert self.backend_channel is not None, "no back-end channel"
+        if fds:
+            socket.send_fds(self.backend_channel, [data], list(fds))
+        else:
+            self.backend_channel.sendall(data)
 
     # --- memory and rings, for DeviceRequest and for tests ---
 
@@ -447,6 +462,8 @@ class FakeDevice:
                 self.status = record
             case _REQ.GET_STATUS, _:
                 return self.status, []
+            case _REQ.GET_SHMEM_CONFIG, _:
+                return ShmemConfig({virtio_fs.DAX_SHMID: self._shmem}), []
             case _REQ.GET_CONFIG, ConfigRange():
                 return self._config_reply(record), []
             case _REQ.SET_BACKEND_REQ_FD, _:
