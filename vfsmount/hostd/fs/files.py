@@ -136,7 +136,7 @@ def create(session: Session, request: Request) -> bytes:
         if args.flags & os.O_EXCL:
             raise
         return _open_existing(session, parent, request)
-    return _opened(session, parent, fd, flags)
+    return _opened(session, parent, fd, flags, request, name)
 
 
 def _open_existing(session: Session, parent: Inode, request: Request) -> bytes:
@@ -160,14 +160,18 @@ def tmpfile(session: Session, request: Request) -> bytes:
     making = flags | os.O_TMPFILE | os.O_CLOEXEC | args.flags & os.O_EXCL
     with session.acting_as_caller(request):
         fd = os.open(b".", making, stat.S_IMODE(args.mode), dir_fd=parent.fd)
-    return _opened(session, parent, fd, flags)
+    return _opened(session, parent, fd, flags, request, b"")
 
 
-def _opened(session: Session, parent: Inode, fd: int, flags: int) -> bytes:
+def _opened(
+    session: Session, parent: Inode, fd: int, flags: int, request: Request, name: bytes
+) -> bytes:
     """Answer with a file just made. Its node comes from the descriptor: the name may be gone."""
     try:
         node_fd = os.open(b"%d" % fd, os.O_PATH | os.O_CLOEXEC, dir_fd=session.share.proc_fd)
         inode, found = session.inodes.adopt(node_fd)
+        if session.wants_labels(request):
+            found = session.label(request, inode, parent, name)
     except OSError:
         os.close(fd)
         raise

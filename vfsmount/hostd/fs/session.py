@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfsmount.hostd.credentials import Credentials
-from vfsmount.hostd.fs import attributes
+from vfsmount.hostd.fs import attributes, labels
 from vfsmount.hostd.fs.handles import FileHandle, HandleTable
 from vfsmount.hostd.fs.inodes import InodeTable
 from vfsmount.hostd.fs.locks import GuestLocks
@@ -91,6 +91,7 @@ class Agreed(NamedTuple):
     """
 
     create_supp_group: bool
+    security_ctx: bool
     dont_mask: bool
     setxattr_ext: bool
     inode_dax: bool
@@ -152,6 +153,8 @@ class Session:
             flags |= InitFlag.DIRECT_IO_ALLOW_MMAP
         if options.posix_acl and options.xattr and self.credentials.own_umask:
             flags |= _ACL
+        if options.security_label and options.xattr:
+            flags |= InitFlag.SECURITY_CTX
         if options.writeback and not options.readonly:
             flags |= InitFlag.WRITEBACK_CACHE
         if self.window is not None and self.window.channel is not None:
@@ -177,6 +180,7 @@ class Session:
             flags &= ~(InitFlag.POSIX_ACL | InitFlag.DONT_MASK)
         self.agreed = Agreed(
             create_supp_group=InitFlag.CREATE_SUPP_GROUP in flags,
+            security_ctx=InitFlag.SECURITY_CTX in flags,
             dont_mask=InitFlag.DONT_MASK in flags,
             inode_dax=InitFlag.HAS_INODE_DAX in flags,
             setxattr_ext=InitFlag.SETXATTR_EXT in flags,
@@ -284,6 +288,35 @@ class Session:
         """
         if len(self.files) + len(self.dirs) >= self.share.open_limit:
             raise OSError(errno.ENFILE, "too many open files of one guest")
+
+    def made(self, request: Request, parent: Inode, name: bytes) -> bytes:
+        """Return the ``fuse_entry_out`` of what a request has just made; counts one lookup.
+
+        Raises:
+            OSError: As ``look_up``; or it cannot have its labels, and is removed again.
+        """
+        nodeid, found, place = self.inodes.look_up(parent.fd, name)
+        if self.wants_labels(request):
+            found = self.label(request, self.inodes.get(nodeid), parent, name)
+        return self.entry(parent, nodeid, found, place)
+
+    def wants_labels(self, request: Request) -> bool:
+        """Whether a creating request brings security labels that were agreed on."""
+        agreed = self.agreed
+        return agreed is not None and agreed.security_ctx and bool(request.extensions.security)
+
+    def label(self, request: Request, inode: Inode, parent: Inode, name: bytes) -> os.stat_result:
+        """Label what a request has just made; returns its attributes.
+
+        Raises:
+            OSError: It cannot have its labels. It has been removed, and the lookup taken back.
+        """
+        try:
+            labels.label(request.extensions.security or (), inode, parent, name)
+            return os.fstat(inode.fd)
+        except OSError:
+            self.inodes.forget(inode.nodeid, 1)
+            raise
 
     def acting_as_caller(self, request: Request) -> AbstractContextManager[None]:
         """Be the caller of a creating request for the length of a ``with`` block."""

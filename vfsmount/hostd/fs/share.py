@@ -73,6 +73,7 @@ class ShareOptions:
         writeback: Accept a guest's write-back cache.
         xattr: Serve extended attributes; else they are ENOSYS.
         posix_acl: Have guests heed access control lists; takes ``xattr``.
+        security_label: Label files when they are made; takes ``xattr``.
         tag: Name of the share in the device's config space, 1 to 36 bytes.
         request_queues: Request queues of the device, besides the hiprio queue.
         dax: Bytes of the DAX window on offer, a multiple of the page size; 0 for none.
@@ -83,6 +84,7 @@ class ShareOptions:
     writeback: bool = False
     xattr: bool = True
     posix_acl: bool = False
+    security_label: bool = False
     tag: bytes = b"vfsmount"
     request_queues: int = 1
     dax: int = 1 << 30

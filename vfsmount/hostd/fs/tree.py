@@ -52,7 +52,7 @@ def mkdir(session: Session, request: Request) -> bytes:
     name = check_name(request.names[0])
     with session.acting_as_caller(request):
         os.mkdir(name, stat.S_IMODE(request.args.mode), dir_fd=parent.fd)
-    return session.look_up(parent, name)
+    return session.made(request, parent, name)
 
 
 def mknod(session: Session, request: Request) -> bytes:
@@ -64,7 +64,7 @@ def mknod(session: Session, request: Request) -> bytes:
     name = check_name(request.names[0])
     with session.acting_as_caller(request):
         os.mknod(name, request.args.mode, request.args.rdev, dir_fd=parent.fd)
-    return session.look_up(parent, name)
+    return session.made(request, parent, name)
 
 
 def symlink(session: Session, request: Request) -> bytes:
@@ -73,7 +73,7 @@ def symlink(session: Session, request: Request) -> bytes:
     name = check_name(request.names[0])
     with session.acting_as_caller(request):
         os.symlink(request.names[1], name, dir_fd=parent.fd)
-    return session.look_up(parent, name)
+    return session.made(request, parent, name)
 
 
 def link(session: Session, request: Request) -> bytes:
