@@ -282,16 +282,21 @@ class DriverQueue:
         )
         return self.ring.reserve(GUEST_BASE + at - _TABLE_SIZE)
 
-    def submit_reserved(self, pending: Pending, head: int, at: int, size: int, kick: bool) -> None:
-        """As ``submit_placed``, quicker, and there is always room.
+    def describe_reserved(self, pending: Pending, at: int, size: int) -> None:
+        """Write what ``submit_reserved`` relies on; it stands until the next time.
 
-        ``at`` is what the head was reserved for, a multiple of 8: most of the table stands.
+        Args:
+            pending: Says where its reply goes (``data_at``) and how long it may be (``writable``).
+            at: What the head was reserved for, a multiple of 8.
+            size: Bytes of the request.
         """
         word = (at - _TABLE_SIZE) >> 2
-        words = self._words
-        words[word + 2] = size
-        words[word + 6] = pending.writable
+        self._words[word + 2] = size
+        self._words[word + 6] = pending.writable
         self._quads[(word >> 1) + 2] = GUEST_BASE - _OUT + pending.data_at
+
+    def submit_reserved(self, pending: Pending, head: int, kick: bool) -> None:
+        """As ``submit_placed``, quicker, and there is always room."""
         self._outstanding[head] = pending
         pending.state = SENT
         if not kick:

@@ -235,9 +235,10 @@ class Relay:
         ring, yield_cpu, now_ns = self._queue.ring, os.sched_yield, perf_counter_ns
         has_used, collect, read, loan = ring.has_used, self._collect, self._read, self._loan
         orders, device = self._orders, self._device
+        found = False
         since = 0  # when the present search for something to do began; 0 while there is some
         while not orders.given:
-            if has_used():
+            if found or has_used():
                 collect()
                 since = 0
             try:
@@ -379,27 +380,26 @@ class Relay:
             return False
         slot.opcode = opcode
         slot.nodeid = nodeid
-        slot.size = size
         slot.errno = slot.length = 0
         slot.reported = False
-        if route.room:
-            slot.data_at = slot.small
-            slot.writable = route.room
-        elif not slot.make_room(
-            size,
-            _U32(memory, at + route.size_at)[0] + _OUT
-            if route.size_at
-            else room_for_reply(opcode, memory, at),
-        ):
-            self._kernel.answer(unique, errno.EIO)
-            return False
+        room = route.room
+        if not room:
+            size_at = route.size_at
+            room = _U32(memory, at + size_at)[0] + _OUT if size_at else self._room(opcode, at)
+        if size != slot.size or room != slot.writable:  # else all about it is said already
+            if not slot.make_room(size, room):
+                slot.size = 0
+                self._kernel.answer(unique, errno.EIO)
+                return False
+            if slot.head >= 0:
+                self._queue.describe_reserved(slot, at, size)
         slot.started_ns = perf_counter_ns()
         if route.changes:
             self._opens.begin_change()
         if route.special is not None and route.special(slot, at, size, nodeid):
             return True
         if slot.head >= 0:
-            self._queue.submit_reserved(slot, slot.head, at, size, kick)
+            self._queue.submit_reserved(slot, slot.head, kick)
             if kick:
                 self._device.posted = 0
         else:
@@ -408,6 +408,9 @@ class Relay:
                 self._device.kick()
         return True
 
+    def _room(self, opcode: int, at: int) -> int:
+        return room_for_reply(opcode, self._map, at)
+
     # --- replies ---------------------------------------------------------------------------------
 
     def _collect(self) -> None:
@@ -415,28 +418,28 @@ class Relay:
         take, ring, answer = self._queue.take, self._queue.ring, self._answers.answer
         try:
             # The first look is always taken: a device that uses what it does not have is caught.
-            while (pending := take()) is not None:
+            pending = take()
+            if pending is None:
+                return
+            while pending is not None:
                 if type(pending) is not Slot:
                     self._finish_own(pending)
-                    if not ring.outstanding:
-                        break
-                    continue
-                if pending.route.changes:
-                    self._opens.end_change()
-                if pending.check is not None:
-                    if self._opens.replied(pending):
-                        self._finish(pending)
-                elif pending.state == DONE:
-                    answer(pending)
-                    pending.answers = 0
-                    if self._spare is None:
-                        self._spare = pending
-                    else:
-                        self._pool.put(pending)
                 else:
-                    self._settle(pending)
-                if not ring.outstanding:
-                    break
+                    if pending.route.changes:
+                        self._opens.end_change()
+                    if pending.check is not None:
+                        if self._opens.replied(pending):
+                            self._finish(pending)
+                    elif pending.state == DONE:
+                        answer(pending)
+                        pending.answers = 0
+                        if self._spare is None:
+                            self._spare = pending
+                        else:
+                            self._pool.put(pending)
+                    else:
+                        self._settle(pending)
+                pending = take() if ring.outstanding else None
         except ProtocolViolation as violation:
             self._orders.violated(violation)
         budget = self._loan.budget

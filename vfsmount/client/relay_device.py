@@ -62,7 +62,7 @@ class DevicePort:
     def submit(self, slot: Slot) -> None:
         """Hand a slot over; the device learns of it with the next kick."""
         if slot.head >= 0:
-            self._queue.submit_reserved(slot, slot.head, slot.at, slot.size, False)
+            self._queue.submit_reserved(slot, slot.head, False)
         elif not self._queue.submit_placed(slot, slot.at, slot.size):
             self.stalled.append(slot)
 

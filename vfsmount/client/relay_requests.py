@@ -274,7 +274,7 @@ class RequestRules:
         self._opens.begin(slot)
         return False
 
-    def _post(self, slot: Slot, at: int, size: int, _nodeid: int) -> bool:
+    def _post(self, slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
         """Answer a RELEASE now, and let the device have it with the next kick.
 
         Not one that gives locks up: somebody may wait for them.
@@ -283,7 +283,7 @@ class RequestRules:
         if slot.head < 0 or _U32(self._map, at + _RELEASE_FLAGS_AT)[0] & _FLOCK_UNLOCK:
             return False
         unique, slot.answers = slot.answers, 0
-        self._queue.submit_reserved(slot, slot.head, at, size, False)
+        self._queue.submit_reserved(slot, slot.head, False)
         slot.state = POSTED
         self._device.posted += 1
         self._kernel.answer(unique)

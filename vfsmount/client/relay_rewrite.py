@@ -110,6 +110,7 @@ def reply_rewriters(
     file_flags = _open_flags(policy)
     from_host = policy.from_host
     listings = ListingAges()
+    learns = modes is not None or fresh is not None
 
     def learn(memory: mmap.mmap, at: int) -> None:
         if modes is not None:
@@ -126,7 +127,8 @@ def reply_rewriters(
         if memory[start:end] != entry_valid and not from_host:
             exists = memory[at : at + 8] != no_node
             memory[start:end] = entry_valid if exists else absent_valid
-        learn(memory, at)
+        if learns:
+            learn(memory, at)
 
     def attr(memory: mmap.mmap, at: int, length: int, nodeid: int, _request: int) -> None:
         if length < _ATTR_OUT:
@@ -172,7 +174,8 @@ def reply_rewriters(
             start = at + _ENTRY_VALID_AT
             if memory[start : start + _ENTRY_VALID.size] != entry_valid and not from_host:
                 memory[start : start + _ENTRY_VALID.size] = entry_valid
-            learn(memory, at)
+            if learns:
+                learn(memory, at)
             # The length may lie; the kernel then refuses the reply. Each step goes on by 152 at
             # least, so this ends, and stays inside the reply.
             at += (_DIRENTPLUS + _NAME_LENGTH(memory, at + _NAME_LENGTH_AT)[0] + 7) & -8

@@ -86,6 +86,7 @@ class Slot(Pending):
 
     def __init__(self, base: int, size: int, view: memoryview, head: int) -> None:
         super().__init__(0, 0, b"", None, 0, 0, 0, 0, 0, None)
+        self.writable = 0
         self.base = base
         self.at = base + _REQUEST
         self.small = base + _OUT
@@ -105,10 +106,13 @@ class Slot(Pending):
     def make_room(self, size: int, room: int) -> bool:
         """Say where the reply goes; False when it cannot be that long.
 
+        ``data_at`` depends on nothing but the two arguments.
+
         Args:
             size: Bytes of the request.
             room: Bytes of the reply, header included.
         """
+        self.size = size
         self.writable = room
         if room <= SMALL_REPLY:
             self.data_at = self.small
@@ -195,7 +199,7 @@ class SlotPool:
             start = slot.base + _SMALL_USE
             if slot.touched > start:
                 self._memory.punch(start, -(-(slot.touched - start) // _PAGE) * _PAGE)
-                slot.touched = 0
+                slot.touched = slot.size = 0  # to be touched again, it has to be measured again
 
     def close(self) -> None:
         """Let go of the memory, which cannot be unmapped before."""
