@@ -165,7 +165,7 @@ class InodeTable:
         inode.recent = True
         return inode
 
-    def look_up(self, dir_fd: int, name: bytes) -> tuple[int, os.stat_result, int]:
+    def look_up(self, dir_fd: int, name: bytes, number: int = 0) -> tuple[int, os.stat_result, int]:
         """Find a name, and count one lookup of what it is.
 
         A known node needs one system call, because its number says which it is; one more if it is a
@@ -174,6 +174,8 @@ class InodeTable:
         Args:
             dir_fd: Descriptor of the directory.
             name: One component that has been checked.
+            number: Inode number that a listing gave, 0 if none did. A hint: that of a mount's root
+                is another, and so are all of them on some file systems.
 
         Returns:
             The node, which may be closed, its attributes, and its place (see ``Inode``).
@@ -181,13 +183,14 @@ class InodeTable:
         Raises:
             OSError: There is no such name, or no descriptor left to look closely.
         """
-        attributes = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
-        key = self._key(attributes, dir_fd, name)
-        nodeid = self._by_key.get(key)
-        if nodeid is None or not self._count(nodeid, dir_fd, name):
-            inode, attributes = self.adopt(os.open(name, NODE_FLAGS, dir_fd=dir_fd))
-            nodeid, key = inode.nodeid, inode.key
-        return nodeid, attributes, key >> _PLACE_SHIFT
+        if not number or number in self._by_key:
+            attributes = os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+            key = self._key(attributes, dir_fd, name)
+            nodeid = self._by_key.get(key)
+            if nodeid is not None and self._count(nodeid, dir_fd, name):
+                return nodeid, attributes, key >> _PLACE_SHIFT
+        inode, attributes = self.adopt(os.open(name, NODE_FLAGS, dir_fd=dir_fd))
+        return inode.nodeid, attributes, inode.place
 
     def _count(self, nodeid: int, dir_fd: int, name: bytes) -> bool:
         """Count a lookup of a known node, if it surely is what the name leads to."""

@@ -177,7 +177,7 @@ def _plus(session: Session, handle: DirHandle, entry: _Name) -> bytes:
     """
     if entry.name not in _DOTS:
         try:
-            nodeid, found, place = session.inodes.look_up(handle.fd, entry.name)
+            nodeid, found, place = session.inodes.look_up(handle.fd, entry.name, entry.ino)
         except OSError:
             pass
         else:
