@@ -53,6 +53,12 @@ class DirtyMachine(RuleBasedStateMachine):
                 self.model.setdefault(piece.start + at, byte)
         self.owed |= dict.fromkeys(self.writers, errno.ENOSPC)
 
+    @precondition(lambda self: not self.taken)
+    @rule(size=OFFSETS)
+    def truncate(self, size: int) -> None:
+        self.file.truncate(size)
+        self.model = {at: byte for at, byte in self.model.items() if at < size}
+
     @rule()
     def succeed(self) -> None:
         self.taken = []

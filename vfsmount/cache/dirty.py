@@ -112,6 +112,16 @@ class DirtyFile:
         self.since = None
         return pieces
 
+    def truncate(self, size: int) -> None:
+        """The file was cut or lengthened to ``size`` bytes: what was written behind is void."""
+        keep = bisect_left(self._starts, size)
+        if keep and (over := self._starts[keep - 1] + len(self._data[keep - 1]) - size) > 0:
+            del self._data[keep - 1][-over:]
+        del self._starts[keep:], self._data[keep:]
+        self.size = sum(map(len, self._data))
+        if not self._starts:
+            self.since = None
+
     def failed(self, pieces: list[Piece], errno: int, now: float) -> None:
         """Some pieces could not be written: they are dirty again, under what came since."""
         for piece in pieces:

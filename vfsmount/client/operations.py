@@ -377,6 +377,8 @@ class VirtioFsOperations(pyfuse3.Operations):
             kill_suidgid=kills and self._killpriv_v2,
         )
         reply = await self._session.setattr(node.nodeid, changes, ctx)
+        if self.behind is not None and fields.update_size:
+            self.behind.truncate(node.nodeid, attr.st_size)
         return self._attributes(node, reply.attr, reply)
 
     @_handler
@@ -457,6 +459,8 @@ class VirtioFsOperations(pyfuse3.Operations):
         keep = self._policy.keep_cache
         if flags & os.O_TRUNC:
             self._fresh.forget(node.nodeid)
+            if self.behind is not None:
+                self.behind.truncate(node.nodeid, 0)
             self._changes += 1
             if self._listings is not None:
                 self._listings.changed(node.nodeid)

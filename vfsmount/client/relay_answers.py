@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from vfsmount.channel.statistics import OpcodeCounter
 from vfsmount.client.relay_memory import CapabilityMemory
 from vfsmount.client.relay_opens import invalidation
-from vfsmount.client.relay_rewrite import negative_entry
+from vfsmount.client.relay_rewrite import ShortWriteBack, negative_entry
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import Opcode
 
@@ -101,7 +101,12 @@ class Answers:
         at, length = slot.data_at, slot.length
         rewrite = route.rewrite
         if rewrite is not None:
-            rewrite(self._map, at, length, slot.nodeid, slot.at)
+            try:
+                rewrite(self._map, at, length, slot.nodeid, slot.at)
+            except ShortWriteBack:
+                # The daemon does not say why: at the end of the room, nearly always.
+                self._kernel.answer(slot.answers, errno.ENOSPC)
+                return
         if slot.check is not None and not self._may_open(slot):
             return
         if slot.answers != slot.unique:

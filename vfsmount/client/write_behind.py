@@ -145,6 +145,12 @@ class WriteBehind:
                 raise RemoteErrno(16, nodeid, errno.EIO)  # FUSE_WRITE of nothing: no progress
             start, left = start + count, left[count:]
 
+    def truncate(self, nodeid: int, size: int) -> None:
+        """The file has ``size`` bytes now: what could not be written beyond that is void."""
+        target = self._targets.get(nodeid)
+        if target is not None:
+            target.dirty.truncate(size)
+
     async def settle(self, nodeid: int, handle: Handle) -> int:
         """Write a handle's file out; return the errno that the handle has to be told, or 0."""
         await self.flush(nodeid)

@@ -1,0 +1,171 @@
+"""Writes that the host has no room for: nobody who wrote is left in the belief that all is well."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from tests.support.daemons import DAEMON_KINDS, require_daemon, start_daemon
+from tests.support.environment import unavailable
+from tests.support.mounts import start_mount
+from tests.support.wait import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = [pytest.mark.needs_fuse, pytest.mark.slow]
+
+KIB = 1 << 10
+#: Bytes of the host's file system, and of what two handles write in all.
+ROOM, WRITTEN = 256 * KIB, 400 * KIB
+GIVEN_UP = r".*bytes written to node \d+ did not reach the host.*"
+
+
+class Place(NamedTuple):
+    """A mounted share of little room."""
+
+    engine: str
+    host: Path
+    path: Path
+
+
+@contextmanager
+def little_room(kind: str, engine: str, *, writeback: bool) -> Iterator[Place]:
+    require_daemon(kind)
+    if os.geteuid():
+        unavailable("only root can mount a tmpfs of little room")
+    with tempfile.TemporaryDirectory(prefix="vfsmount-full-") as name:
+        host, path = Path(name, "host"), Path(name, "mnt")
+        host.mkdir()
+        path.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "none", host], check=True)
+        extra = ("-o", "writeback") if kind == "c" else ("--writeback",)
+        try:
+            with (
+                start_daemon(kind, host, extra=extra if writeback else ()) as daemon,
+                start_mount(
+                    path,
+                    daemon.socket,
+                    engine=engine,
+                    options=["--writeback"] if writeback else [],
+                    expected_complaint=GIVEN_UP,
+                ),
+            ):
+                yield Place(engine, host, path)
+        finally:
+            subprocess.run(["umount", host], check=True)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            (kind, engine),
+            id=f"{kind}-{engine}",
+            marks=[] if kind == "bundled" else [pytest.mark.needs_daemon],
+        )
+        for kind in DAEMON_KINDS
+        for engine in ("relay", "pyfuse3")
+    ],
+)
+def here(request: pytest.FixtureRequest) -> Iterator[Place]:
+    with little_room(*request.param, writeback=True) as place:
+        yield place
+
+
+@contextmanager
+def overfull(here: Place, name: str) -> Iterator[list[int]]:
+    """Two handles that have written more in all than there is room for, and one that has not."""
+    handles = [os.open(here.path / name, os.O_RDWR | os.O_CREAT) for _ in range(3)]
+    try:
+        for number, fd in enumerate(handles[:2]):
+            os.pwrite(fd, b"%d" % number * (WRITTEN // 2), number * WRITTEN // 2)
+        yield handles
+    finally:
+        for fd in handles:
+            told(os.close, fd)
+        (here.path / name).unlink()
+
+
+def has_room(here: Place) -> bool:
+    """Whether nothing is left of removed files, which the daemon holds until they are forgotten."""
+    state = os.statvfs(here.host)
+    return state.f_bfree * state.f_bsize >= ROOM - 8 * KIB
+
+
+def told(call: Callable[..., object], *args: object) -> str:
+    """What a program is told: the name of an error, or nothing."""
+    try:
+        call(*args)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return ""
+
+
+def test_fsync_tells_each_handle_that_wrote(here: Place) -> None:
+    with overfull(here, "fsync") as (one, two, _):
+        assert told(os.fsync, one) == "ENOSPC"
+        assert told(os.fsync, two) == "ENOSPC"
+
+
+def test_close_tells(here: Place) -> None:
+    """Each handle; the kernel, whose write-back the relay uses, tells the first that closes."""
+    with overfull(here, "close") as handles:
+        found = [told(os.close, handles.pop(0)) for _ in range(2)]
+    assert found == (["ENOSPC", "ENOSPC"] if here.engine == "pyfuse3" else ["ENOSPC", ""])
+
+
+def test_each_is_told_once_and_nothing_is_forgotten(here: Place) -> None:
+    """By write-behind, which tries again; the kernel drops the pages once it has told."""
+    filler = here.host / "filler"
+    wait_until(lambda: has_room(here), 10, "the files of other tests to be gone")
+    filler.write_bytes(bytes(ROOM - 16 * KIB))
+    one, two = (os.open(here.path / "kept", os.O_RDWR | os.O_CREAT) for _ in range(2))
+    try:
+        os.pwrite(one, b"1" * 64 * KIB, 0)
+        os.pwrite(two, b"2" * 64 * KIB, 64 * KIB)
+        assert told(os.fsync, one) == "ENOSPC"
+        filler.unlink()
+        assert told(os.fsync, one) == ""
+        assert told(os.fsync, two) == "ENOSPC"
+        assert told(os.fsync, two) == ""
+        if here.engine == "pyfuse3":
+            expected = b"1" * 64 * KIB + b"2" * 64 * KIB
+            assert (here.path / "kept").read_bytes() == expected
+            assert (here.host / "kept").read_bytes() == expected
+    finally:
+        assert told(os.close, one) == told(os.close, two) == ""
+        (here.path / "kept").unlink()
+
+
+def test_what_is_cut_off_is_not_written_later(here: Place) -> None:
+    """Also if it could not be written before."""
+    with overfull(here, "cut") as (one, two, other):
+        os.ftruncate(other, 1000)
+        told(os.fsync, one)
+        assert told(os.fsync, one) == ""
+        assert (here.host / "cut").read_bytes() == b"0" * 1000
+        told(os.fsync, two)
+        os.close(os.open(here.path / "cut", os.O_WRONLY | os.O_TRUNC))
+        assert told(os.fsync, two) == ""
+        assert (here.host / "cut").read_bytes() == b""
+
+
+def test_mapped_pages_without_writeback(daemon_kind: str) -> None:
+    """The kernel does not notice when it is told that less was written than there was."""
+    with (
+        little_room(daemon_kind, "relay", writeback=False) as here,
+        (here.path / "mapped").open("w+b", buffering=0) as file,
+    ):
+        file.truncate(WRITTEN)
+        with mmap.mmap(file.fileno(), WRITTEN) as pages:
+            pages[:] = b"m" * WRITTEN
+            assert told(pages.flush) == "ENOSPC"
