@@ -361,6 +361,28 @@ def test_write_kills_set_id_bits_when_told(
 
 
 @as_root
+@pytest.mark.parametrize(("uid", "left"), [(0, 0o6755), (1000, 0o755)])
+@pytest.mark.parametrize("opcode", [Opcode.FALLOCATE, Opcode.COPY_FILE_RANGE])
+def test_changes_without_a_flag_kill_set_id_bits_unless_by_root(
+    guest: DirectGuest, file: Path, opcode: Opcode, uid: int, left: int
+) -> None:
+    file.chmod(0o6755)
+    nodeid = guest.walk("file")
+    fh = guest.open(nodeid, os.O_RDWR)
+    _, source = guest.create(ROOT, b"source")
+    guest.write(source, 0, b"xyz")
+    body = {
+        Opcode.FALLOCATE: fuse.FALLOCATE_IN.values(fh, 0, 100, 0),
+        Opcode.COPY_FILE_RANGE: fuse.COPY_FILE_RANGE_IN.values(source, 0, nodeid, fh, 0, 3, 0),
+    }[opcode]
+    guest.uid = uid
+
+    guest.call(opcode, nodeid, body)
+
+    assert stat.S_IMODE(file.stat().st_mode) == left
+
+
+@as_root
 @pytest.mark.parametrize(("kill", "left"), [(0, 0o6755), (OpenInFlag.KILL_SUIDGID, 0o755)])
 def test_truncating_open_kills_set_id_bits_when_told(
     guest: DirectGuest, file: Path, kill: int, left: int

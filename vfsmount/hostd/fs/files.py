@@ -29,6 +29,7 @@ from vfsmount.wire.fuse import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from vfsmount.hostd.fs.call import Call
     from vfsmount.hostd.fs.inodes import Inode
@@ -277,8 +278,19 @@ def fallocate(session: Session, request: Request) -> bytes:
     if max(args.offset, args.length) > _MAX_OFFSET:
         raise OSError(errno.EINVAL, "beyond what a file can be")
     fd = session.files.get(args.fh).fd
-    syscalls.fallocate(fd, args.mode, args.offset, args.length)
+    with _by_caller(session, request, fd):
+        syscalls.fallocate(fd, args.mode, args.offset, args.length)
     return b""
+
+
+def _by_caller(session: Session, request: Request, fd: int) -> AbstractContextManager[None]:
+    """Clear a changed file's set-id bits unless it is root that changes it.
+
+    FALLOCATE and COPY_FILE_RANGE have no flag for that, and a guest that has agreed on
+    HANDLE_KILLPRIV_V2 leaves it to us.
+    """
+    set_id = request.header.uid != 0 and os.fstat(fd).st_mode & (stat.S_ISUID | stat.S_ISGID)
+    return session.credentials.without_fsetid(bool(set_id))
 
 
 def lseek(session: Session, request: Request) -> bytes:
@@ -305,4 +317,5 @@ def _copy(session: Session, request: Request) -> int:
         raise OSError(errno.EINVAL, "copy_file_range has no flags")
     source, target = session.files.get(args.fh_in).fd, session.files.get(args.fh_out).fd
     count = min(args.len, _MAX_COUNT)
-    return os.copy_file_range(source, target, count, args.off_in, args.off_out)
+    with _by_caller(session, request, target):
+        return os.copy_file_range(source, target, count, args.off_in, args.off_out)
