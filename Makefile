@@ -62,7 +62,7 @@ test: setup test-packages daemons
 test-guest: setup test-packages daemons
 	@tools/system-packages.sh $(BIN)/python guest
 	@$(BIN)/python tools/fetch_guest.py
-	@$(BIN)/python -m pytest -m guest $(ARGS)
+	@$(BIN)/python -m pytest -m guest -o faulthandler_timeout=300 $(ARGS)
 
 bench: setup test-packages daemons
 	@tools/system-packages.sh $(BIN)/python bench || true # a subject that cannot run says why

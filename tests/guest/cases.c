@@ -255,6 +255,50 @@ static int locks(void)
     return close(one) | close(two);
 }
 
+/* Wait for the lock that the parent holds, then say so; 0 if it was waited for. */
+static int wait_and_write(int with_flock)
+{
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    int fd = open("file", O_RDWR);
+    if (fd < 0 || (with_flock ? flock(fd, LOCK_EX) : fcntl(fd, F_SETLKW, &lock)) != 0)
+        return 1;
+    return write(fd, "second", 6) != 6;
+}
+
+static int waiting_for(int with_flock)
+{
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    int status, fd;
+    MUST(put("file", "first.") == 0 && (fd = open("file", O_RDWR)) >= 0);
+    MUST((with_flock ? flock(fd, LOCK_EX) : fcntl(fd, F_SETLK, &lock)) == 0);
+    pid_t child = fork();
+    if (child == 0)
+        _exit(wait_and_write(with_flock));
+    usleep(200000); /* for it to have a chance to be wrong */
+    MUST(put("meanwhile", "others are served") == 0 && holds("file", "first."));
+    MUST(waitpid(child, &status, WNOHANG) == 0);
+    lock.l_type = F_UNLCK;
+    MUST((with_flock ? flock(fd, LOCK_UN) : fcntl(fd, F_SETLK, &lock)) == 0);
+    MUST(waitpid(child, &status, 0) == child && status == 0 && holds("file", "second"));
+    return close(fd);
+}
+
+static int waiting(void)
+{
+    return waiting_for(0) || waiting_for(1) ? -1 : 0;
+}
+
+/* The host has mounted another filesystem on "inner" before we came. */
+static int submount(void)
+{
+    struct stat outer, inner;
+    MUST(stat(".", &outer) == 0 && holds("inner/file", "below"));
+    MUST(stat("inner", &inner) == 0 && put("inner/new", "from the guest") == 0);
+    FAILS(rename("inner/new", "new"), EXDEV);
+    MUST(inner.st_dev != outer.st_dev);
+    return 0;
+}
+
 static int allocation(void)
 {
     char data[4096];
@@ -441,6 +485,8 @@ const struct guest_case cases[] = {
     {"truncate", truncation, NULL},
     {"mmap", mmap_shared, mmap_again},
     {"locks", locks, NULL},
+    {"waiting", waiting, NULL},
+    {"submount", submount, NULL},
     {"fallocate", allocation, NULL},
     {"sparse", sparse, NULL},
     {"copy_file_range", copy_range, NULL},

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -19,7 +21,7 @@ from tests.support.daemons import DAEMON_KINDS, require_daemon, start_daemon
 from tests.support.environment import supports_user_xattr, unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.guest.machine import Monitor, Report
@@ -29,6 +31,7 @@ pytestmark = [pytest.mark.guest, pytest.mark.slow]
 GIB = 1 << 30
 MIB = 1 << 20
 CACHES = ("none", "auto", "always")
+WRITEBACK = ("bundled", "writeback")
 
 #: Daemon, cache mode and case: what the daemon cannot do there. Everything else has to work.
 DEVIATIONS = {
@@ -42,6 +45,7 @@ DEVIATIONS = {
         for kind in ("c", "rust")
         for case in ("mmap", "mmap-again")
     },
+    **{("c", cache, "submount"): "not announced" for cache in CACHES},
     ("rust", "none", "permissions"): "a write by others leaves the set-user-id bit",
 }
 
@@ -53,6 +57,7 @@ class Guest(NamedTuple):
         kind: Of daemon.
         cache: Cache mode.
         folder: What was shared.
+        inner: Files in the filesystem that was mounted inside of it, and their contents.
         report: What it told.
         log: What the daemon printed.
     """
@@ -60,6 +65,7 @@ class Guest(NamedTuple):
     kind: str
     cache: str
     folder: Path
+    inner: dict[str, str]
     report: Report
     log: str
 
@@ -73,7 +79,7 @@ def initramfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(
     scope="module",
-    params=[(kind, cache) for kind in DAEMON_KINDS for cache in CACHES],
+    params=[(kind, cache) for kind in DAEMON_KINDS for cache in CACHES] + [WRITEBACK],
     ids=lambda param: "-".join(param),
 )
 def guest(
@@ -85,10 +91,32 @@ def guest(
     if not supports_user_xattr(folder):
         unavailable(f"{folder} has no extended attributes of users")
     queues = QUEUES if kind == "bundled" else 1
-    extra = ["--cache", cache, "--request-queues", str(queues)] if kind == "bundled" else []
-    with start_daemon(kind, folder, cache=cache, extra=extra) as daemon:
+    with (
+        prepared(folder),
+        start_daemon(kind, folder, cache=cache, extra=arguments(kind, cache)) as daemon,
+    ):
         report = boot(initramfs, daemon.socket, queues=queues)
-        return Guest(kind, cache, folder, report, daemon.stderr)
+        inner = {path.name: path.read_text() for path in (folder / "submount/inner").iterdir()}
+        return Guest(kind, cache, folder, inner, report, daemon.stderr)
+
+
+def arguments(kind: str, cache: str) -> list[str]:
+    """What the bundled daemon is told besides."""
+    if kind != "bundled":
+        return []
+    mode = ["--cache", "auto", "--writeback"] if cache == "writeback" else ["--cache", cache]
+    return [*mode, "--request-queues", str(QUEUES)]
+
+
+@contextmanager
+def prepared(folder: Path) -> Iterator[None]:
+    """A share with another filesystem in it."""
+    inner = folder / "submount/inner"
+    inner.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(inner)], check=True)
+    (inner / "file").write_text("below")
+    yield
+    subprocess.run(["umount", str(inner)], check=True)
 
 
 # --- what the host sees --------------------------------------------------------------------------
@@ -195,6 +223,15 @@ def several(folder: Path) -> None:
     }
 
 
+def locked_in_turn(folder: Path) -> None:
+    assert (folder / "file").read_bytes() == b"second"
+    assert (folder / "meanwhile").read_bytes() == b"others are served"
+
+
+def below(folder: Path) -> None:
+    assert os.listdir(folder) == ["inner"]
+
+
 def unseen(folder: Path) -> None:
     """Locks leave nothing; that the folder is there is all there is to see."""
     assert (folder / "file").read_bytes() == b"locked"
@@ -211,6 +248,8 @@ HOST_VIEW: dict[str, Callable[[Path], None]] = {
     "truncate": truncated,
     "mmap": mapped,
     "locks": unseen,
+    "waiting": locked_in_turn,
+    "submount": below,
     "fallocate": allocated,
     "sparse": sparse,
     "copy_file_range": copied,
@@ -241,6 +280,10 @@ def test_case(guest: Guest, case: str) -> None:
     assert told == "ok"
     if case in HOST_VIEW:
         HOST_VIEW[case](guest.folder / case)
+
+
+def test_what_was_written_below(guest: Guest) -> None:
+    assert guest.inner == {"file": "below", "new": "from the guest"}
 
 
 def test_every_request_queue_is_used(guest: Guest) -> None:
@@ -278,14 +321,15 @@ def test_paused_enlarged_and_reset(initramfs: Path, tmp_path: Path) -> None:
     def reset(monitor: Monitor) -> None:
         monitor.say("stop")
         for path in tmp_path.iterdir():
-            shutil.rmtree(path)
+            if path.name != "submount":
+                shutil.rmtree(path)
+        (tmp_path / "submount/inner/new").unlink()
         monitor.say("system_reset")
         monitor.say("cont")
 
     disturb = {"folders": pause, "rename": plug_memory, "xattr": pause, "big_file": reset}
-    with start_daemon(
-        "bundled", tmp_path, extra=["--request-queues", str(QUEUES), "--log-level", "debug"]
-    ) as daemon:
+    extra = [*arguments("bundled", "auto"), "--log-level", "debug"]
+    with prepared(tmp_path), start_daemon("bundled", tmp_path, extra=extra) as daemon:
         report = boot(initramfs, daemon.socket, disturb=disturb)
         log = daemon.stderr
 
