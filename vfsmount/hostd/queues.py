@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
+from vfsmount.hostd import procfd
 from vfsmount.hostd.faults import GuestFault, Refused, RingFault
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def take_eventfd(fds: list[int]) -> int:
     """
     if not fds:
         return NO_FD
-    if os.readlink(f"/proc/self/fd/{fds[0]}") != "anon_inode:[eventfd]":
+    if os.readlink(procfd.path(b"%d" % fds[0])) != b"anon_inode:[eventfd]":
         raise Refused("kick, call or error descriptor that is no eventfd")
     os.set_blocking(fds[0], False)
     return fds.pop(0)

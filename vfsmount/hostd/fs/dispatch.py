@@ -22,8 +22,19 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.errors import WireError
 from vfsmount.hostd.faults import GuestFault
-from vfsmount.hostd.fs import files, ioctls, listing, locks, mappings, nodes, tree, xattrs
+from vfsmount.hostd.fs import (
+    capability,
+    files,
+    ioctls,
+    listing,
+    locks,
+    mappings,
+    nodes,
+    tree,
+    xattrs,
+)
 from vfsmount.hostd.fs.call import HEADER_SIZE, REPLY_SIZE, Call, Deferred, window
+from vfsmount.hostd.fs.translate import translated_fast, translated_plain
 from vfsmount.wire.fuse import (
     INIT_OUT,
     OPERATIONS,
@@ -199,6 +210,11 @@ class FuseServer:
         options = session.share.options
         if options.xattr:
             self._plain |= {int(opcode): handler for opcode, handler in _XATTR.items()}
+        if options.translation is not None:
+            self._fast = translated_fast(self._fast, options.translation)
+            self._plain = translated_plain(self._plain, options.translation)
+        if options.xattr and options.xattrmap is not None and options.xattrmap.capability:
+            capability.guard(self._fast, self._plain, options.xattrmap.capability)
         if options.readonly:
             self._fast |= dict.fromkeys(map(int, _CHANGES), _refuse_change)
 

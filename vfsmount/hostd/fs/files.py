@@ -66,10 +66,6 @@ _KILL_ON_OPEN = int(OpenInFlag.KILL_SUIDGID)
 _KILL_ON_WRITE = int(WriteFlag.KILL_SUIDGID)
 _FDATASYNC = int(FsyncFlag.FDATASYNC)
 
-#: open(2) flags that a guest may choose. Everything else is about paths, creation or the guest's
-#: own descriptor; O_DIRECT would demand an alignment that guest memory does not have.
-_OPEN_FLAGS: Final = os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
-
 #: MAX_PAGES of 64 KiB, the largest pages that guests have. Buffers may overlap, so the memory that
 #: a guest has is no limit, and a read of gigabytes keeps its thread for seconds.
 _MAX_READ: Final = MAX_PAGES * 65536
@@ -108,7 +104,7 @@ def _allowed_flags(session: Session, flags: int) -> int:
     Raises:
         OSError: EROFS: it wants to write to a read-only share.
     """
-    flags &= _OPEN_FLAGS
+    flags &= session.share.open_flags
     changing = flags & (os.O_ACCMODE | os.O_TRUNC)
     if changing and session.share.options.readonly:
         raise OSError(errno.EROFS, "shared read-only")

@@ -97,11 +97,6 @@ class Inode:
         """Its name in ``/proc/self/fd``: a link that leads to the node itself and no further."""
         return b"%d" % self.fd
 
-    @property
-    def proc_path(self) -> bytes:
-        """The same as a path, for calls that take no directory descriptor."""
-        return b"/proc/self/fd/%d" % self.fd
-
 
 class InodeTable:
     """All nodes of one guest.

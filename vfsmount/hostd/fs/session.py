@@ -147,9 +147,13 @@ class Session:
         """INIT flags that this share serves."""
         options = self.share.options
         flags = _ALWAYS
-        if self.policy.readdirplus:
+        if not options.submounts:
+            flags &= ~InitFlag.SUBMOUNTS
+        if not options.killpriv:
+            flags &= ~InitFlag.HANDLE_KILLPRIV_V2
+        if self.policy.readdirplus and options.readdirplus:
             flags |= _READDIRPLUS
-        if not self.policy.valid:
+        if not self.policy.valid or options.allow_mmap:
             flags |= InitFlag.DIRECT_IO_ALLOW_MMAP
         if options.posix_acl and options.xattr and self.credentials.own_umask:
             flags |= _ACL

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import resource
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfsmount.errors import UsageError
+from vfsmount.hostd import procfd
 from vfsmount.hostd.fs.inodes import MAX_NODE_FDS
 from vfsmount.hostd.fs.keeping import NodeKeeper
 from vfsmount.hostd.fs.locks import LockBoard
@@ -21,7 +23,18 @@ from vfsmount.wire.fuse_flags import OpenOutFlag
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["POLICIES", "CacheMode", "CachePolicy", "Share", "ShareOptions"]
+    from vfsmount.hostd.fs.idmap import Translation
+    from vfsmount.hostd.fs.xattrmap import XattrMap
+
+__all__ = [
+    "POLICIES",
+    "CacheMode",
+    "CachePolicy",
+    "HandleUse",
+    "Share",
+    "ShareOptions",
+    "open_directory",
+]
 
 
 class CacheMode(Enum):
@@ -31,6 +44,14 @@ class CacheMode(Enum):
     ALWAYS = "always"
     NEVER = "never"
     METADATA = "metadata"
+
+
+class HandleUse(Enum):
+    """Whether nodes are kept as file handles; the words are virtiofsd's."""
+
+    NEVER = "never"
+    PREFER = "prefer"
+    MANDATORY = "mandatory"
 
 
 class CachePolicy(NamedTuple):
@@ -77,6 +98,15 @@ class ShareOptions:
         tag: Name of the share in the device's config space, 1 to 36 bytes.
         request_queues: Request queues of the device, besides the hiprio queue.
         dax: Bytes of the DAX window on offer, a multiple of the page size; 0 for none.
+        xattrmap: Other names for extended attributes on the host, or None.
+        translation: Other numbers for users and groups on the host, or None.
+        submounts: Tell guests where another filesystem begins.
+        readdirplus: List with attributes, where the cache mode has a use for them.
+        direct_io: Open with O_DIRECT where a guest's application does.
+        keep_noatime: The same for O_NOATIME, which the host refuses for others' files.
+        allow_mmap: Let guests map files of the modes that do not cache their data.
+        killpriv: Clear set-id bits as the guest asks (HANDLE_KILLPRIV_V2).
+        handles: Whether to keep nodes as file handles instead of descriptors.
     """
 
     cache: CacheMode = CacheMode.AUTO
@@ -88,10 +118,46 @@ class ShareOptions:
     tag: bytes = b"vfsmount"
     request_queues: int = 1
     dax: int = 1 << 30
+    xattrmap: XattrMap | None = None
+    translation: Translation | None = None
+    submounts: bool = True
+    readdirplus: bool = True
+    direct_io: bool = False
+    keep_noatime: bool = False
+    allow_mmap: bool = False
+    killpriv: bool = True
+    handles: HandleUse = HandleUse.PREFER
+
+
+#: Everything else is about paths, creation or the guest's own descriptor. O_DIRECT demands an
+#: alignment that guest memory may not have, and O_NOATIME is refused for others' files, so each is
+#: for a share to allow.
+_OPEN_FLAGS: Final = os.O_ACCMODE | os.O_APPEND | os.O_TRUNC | os.O_SYNC | os.O_DSYNC
+
+
+_PLACE: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+def open_directory(directory: str | bytes | os.PathLike[str]) -> int:
+    """Return an O_PATH descriptor of a directory to share.
+
+    Raises:
+        UsageError: There is none.
+    """
+    try:
+        return os.open(directory, _PLACE)
+    except (OSError, ValueError) as error:
+        name = os.fsdecode(directory)
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot share {name}: {reason}") from None
 
 
 class Share:
     """A directory that is open for guests.
+
+    Args:
+        directory: Where it is.
+        options: How it is shared.
 
     Attributes:
         options: How it is shared.
@@ -102,9 +168,10 @@ class Share:
         open_limit: Files and directories that one guest may have open, which is two descriptors
             each; and owners of locks that it may have, one each.
         locks: Who waits for locks.
+        open_flags: open(2) flags that a guest may choose.
 
     Raises:
-        UsageError: The directory cannot be shared, or there is no /proc.
+        UsageError: The directory cannot be shared, or not in this way, or there is no /proc.
     """
 
     def __init__(self, directory: str | bytes | os.PathLike[str], options: ShareOptions) -> None:
@@ -114,26 +181,31 @@ class Share:
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.node_limit = min(MAX_NODE_FDS, descriptors // 8)
         self.open_limit = descriptors // 4
-        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        self.open_flags = (
+            _OPEN_FLAGS
+            | (os.O_DIRECT if options.direct_io else 0)
+            | (os.O_NOATIME if options.keep_noatime else 0)
+        )
+        self.root_fd = open_directory(directory)
         try:
-            self.root_fd = os.open(directory, flags)
-        except (OSError, ValueError) as error:
-            name = os.fsdecode(directory)
-            reason = getattr(error, "strerror", None) or error
-            raise UsageError(f"cannot share {name}: {reason}") from None
-        try:
-            self.proc_fd = os.open("/proc/self/fd", flags)
+            self.proc_fd = procfd.open_folder()
         except OSError as error:
             os.close(self.root_fd)
             raise UsageError(
                 f"cannot open /proc/self/fd: {error.strerror}", "mount proc on /proc"
             ) from None
-        try:
+        self._mount_fd = -1
+        if options.handles is not HandleUse.NEVER:
             readable = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-            self._mount_fd = os.open(".", readable, dir_fd=self.root_fd)
-        except OSError:  # not readable by us: then there are no handles either
-            self._mount_fd = -1
+            with suppress(OSError):  # not readable by us: then there are no handles either
+                self._mount_fd = os.open(".", readable, dir_fd=self.root_fd)
         self.keeper = NodeKeeper.probe(self.root_fd, self.proc_fd, self._mount_fd)
+        if options.handles is HandleUse.MANDATORY and not self.keeper.by_handle:
+            self.close()
+            raise UsageError(
+                "no file handles: they take CAP_DAC_READ_SEARCH and a filesystem that has them",
+                "take --inode-file-handles prefer",
+            )
 
     @property
     def policy(self) -> CachePolicy:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from xattr import XATTR_CREATE, XATTR_REPLACE, pyxattr_compat
 
+from vfsmount.hostd import procfd
 from vfsmount.wire.fuse import GETXATTR_OUT, XATTR_NAME_MAX, XATTR_SIZE_MAX, SetxattrFlag
 
 if TYPE_CHECKING:
@@ -30,22 +31,26 @@ _host: Any = pyxattr_compat
 
 def getxattr(session: Session, request: Request) -> bytes:
     """GETXATTR: a value, or with size 0 its length."""
-    path = session.inodes.get(request.header.nodeid).proc_path
-    value: bytes = _host.getxattr(path, _checked(request.names[0]))
+    try:
+        name = _host_name(session, request)
+    except PermissionError:
+        raise OSError(errno.ENODATA, "hidden") from None
+    value: bytes = _host.getxattr(_path(session, request), name)
     return _sized(value, request.args.size)
 
 
 def listxattr(session: Session, request: Request) -> bytes:
     """LISTXATTR: names, each with its NUL, or with size 0 the length of them all."""
-    path = session.inodes.get(request.header.nodeid).proc_path
-    names = cast("list[bytes]", _host.listxattr(path))
+    names = cast("list[bytes]", _host.listxattr(_path(session, request)))
+    if (rules := session.share.options.xattrmap) is not None:
+        names = [shown for name in names if (shown := rules.to_guest(name))]
     return _sized(b"".join(name + b"\0" for name in names), request.args.size)
 
 
 def setxattr(session: Session, request: Request) -> bytes:
     """SETXATTR: set a value, or only create or only replace it."""
-    path = session.inodes.get(request.header.nodeid).proc_path
-    name, args = _checked(request.names[0]), request.args
+    path = _path(session, request)
+    name, args = _host_name(session, request), request.args
     if args.size != request.data.nbytes or args.flags not in _FLAGS:
         raise OSError(errno.EINVAL, "value of another length, or unknown flags")
     if args.size > XATTR_SIZE_MAX:
@@ -58,9 +63,18 @@ def setxattr(session: Session, request: Request) -> bytes:
 
 def removexattr(session: Session, request: Request) -> bytes:
     """REMOVEXATTR: remove one."""
-    path = session.inodes.get(request.header.nodeid).proc_path
-    _host.removexattr(path, _checked(request.names[0]))
+    _host.removexattr(_path(session, request), _host_name(session, request))
     return b""
+
+
+def _path(session: Session, request: Request) -> bytes:
+    return procfd.path(session.inodes.get(request.header.nodeid).proc_name)
+
+
+def _host_name(session: Session, request: Request) -> bytes:
+    name = _checked(request.names[0])
+    rules = session.share.options.xattrmap
+    return name if rules is None else rules.to_host(name)
 
 
 def _checked(name: bytes) -> bytes:
