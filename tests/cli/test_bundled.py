@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 from dataclasses import replace
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 SERVES = """
 import socket, sys, signal
+signal.signal(signal.SIGTERM, STOPS)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 fd = int(sys.argv[sys.argv.index("--fd") + 1])
 listener = socket.socket(fileno=fd)
 link, _ = listener.accept()
@@ -31,14 +34,15 @@ sys.stderr.flush()
 link.sendall(" ".join(sys.argv[5:]).encode())
 signal.pause()
 """
-STUBBORN = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SERVES
+STUBBORN = SERVES.replace("STOPS", "signal.SIG_IGN")
+SERVES = SERVES.replace("STOPS", "lambda *_: sys.exit()")
 REFUSES = """
 import sys
 sys.stderr.write("vfsmount serve: noise\\nvfsmount serve: /x is not a directory\\n")
 sys.exit(1)
 """
 SETTINGS = MountSettings("/mnt", None, "/data", cache="none")
-DIES = "import os\nos.abort()"
+WAITS = "import signal\nsignal.pause()"
 
 
 @pytest.fixture
@@ -62,7 +66,8 @@ def test_connected_served_and_stopped(daemon_is: Callable[[str], None]) -> None:
         assert words[0] == b"--fd"
         assert (
             words[2:]
-            == b"--once --cache none --log-level warning --dax 1073741824 -- /data".split()
+            == b"--once --sandbox auto --cache none --log-level warning "
+            b"--dax 1073741824 -- /data".split()
         )
         pid = daemon.pid
         assert os.getsid(pid) == pid  # Ctrl-C in our terminal does not reach it
@@ -106,12 +111,13 @@ def test_refusal_is_told_in_its_words(daemon_is: Callable[[str], None]) -> None:
 
 
 def test_death_is_told(daemon_is: Callable[[str], None]) -> None:
-    daemon_is(DIES)
+    daemon_is(WAITS)
     with bundled_daemon(SETTINGS) as daemon:
+        os.kill(daemon.pid, signal.SIGKILL)
         failure = daemon.failure()
-        assert daemon.exit_status() == "signal SIGABRT"
+        assert daemon.exit_status() == "signal SIGKILL"
     assert isinstance(failure, ConnectError)
-    assert str(failure) == "the daemon ended with signal SIGABRT"
+    assert str(failure) == "the daemon ended with signal SIGKILL"
 
 
 def test_no_failure_while_it_runs(

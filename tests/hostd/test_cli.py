@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import grp
+import json
+import logging
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +21,13 @@ import pytest
 
 from tests.hostd.frontend import Frontend
 from tests.hostd.guest import ROOT
+from tests.support.daemons import require_daemon
 from tests.support.wait import wait_until
 from vfsmount.errors import UsageError
-from vfsmount.hostd.cli import main, parse
-from vfsmount.hostd.fs.share import CacheMode, ShareOptions
+from vfsmount.hostd.arguments import USAGE, Arguments, parse
+from vfsmount.hostd.cli import main
+from vfsmount.hostd.fs.share import CacheMode, HandleUse, ShareOptions
+from vfsmount.hostd.isolation import Isolation, Sandbox, UserMap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,9 +46,12 @@ def home() -> Iterator[Path]:
 
 @contextmanager
 def daemon(*arguments: str, fds: tuple[int, ...] = ()) -> Iterator[subprocess.Popen[bytes]]:
-    """The daemon as a process, listening; killed at the end unless it has ended."""
+    """The daemon as one process, listening; killed at the end unless it has ended."""
     process = subprocess.Popen(
-        [*COMMAND, *arguments], stderr=subprocess.PIPE, cwd=REPOSITORY, pass_fds=fds
+        [*COMMAND, *arguments, "--sandbox", "none"],
+        stderr=subprocess.PIPE,
+        cwd=REPOSITORY,
+        pass_fds=fds,
     )
     assert process.stderr is not None
     try:
@@ -65,7 +76,7 @@ def connect(path: Path) -> Frontend:
 def test_defaults() -> None:
     arguments = parse(["dir", "--socket", "sock"])
 
-    assert arguments is not None
+    assert isinstance(arguments, Arguments)
     assert (arguments.directory, arguments.socket, arguments.fd) == ("dir", "sock", None)
     assert arguments.options == ShareOptions()
     assert not arguments.once
@@ -75,7 +86,7 @@ def test_every_option() -> None:
     line = "--fd=7 --readonly --tag t --cache=never --writeback --no-xattr --request-queues 3"
     arguments = parse([*line.split(), "--poll-us=0", "--once", "--log-level", "debug", "--", "-d"])
 
-    assert arguments is not None
+    assert isinstance(arguments, Arguments)
     assert (arguments.directory, arguments.socket, arguments.fd) == ("-d", None, 7)
     assert arguments.options == ShareOptions(
         cache=CacheMode.NEVER,
@@ -90,7 +101,7 @@ def test_every_option() -> None:
 
 def test_cache_none_is_never() -> None:
     arguments = parse(["dir", "--fd", "3", "--cache", "none"])
-    assert arguments is not None
+    assert isinstance(arguments, Arguments)
     assert arguments.options.cache is CacheMode.NEVER
 
 
@@ -111,13 +122,111 @@ def test_cache_none_is_never() -> None:
         ("a --fd 3 --request-queues 0", "no number from 1"),
         ("a --fd 3 --log-level loud", "--log-level 'loud'"),
         ("a --fd 3 --readonly=yes", "unknown option --readonly=yes"),
-        ("a --fd 3 --sandbox none", "unknown option --sandbox"),
+        ("a --fd 3 --sandbox none --uid-map :0:1:1:", "--uid-map and --gid-map take --sandbox"),
         ("a --fd 3 -r", "unknown option -r"),
+        ("a --shared-dir b --fd 3", "one directory"),
+        ("a --socket s --socket-path t", "one of --socket and --fd"),
+        ("a --fd 3 --xattr --no-xattr", "contradict"),
+        ("a --fd 3 --posix-acl --no-xattr", "contradict"),
+        ("a --fd 3 --posix-acl --translate-uid map:1:2:3", "does not go with --translate"),
+        ("a --fd 3 --xattrmap :map:a", "--xattrmap: rule ':map:a' ends too early"),
+        ("a --fd 3 --translate-uid map:1:2", "--translate-uid: 'map:1:2' is not map:BASE"),
+        ("a --fd 3 --uid-map 0:1:1", "--uid-map: '0:1:1' is not :INSIDE"),
+        ("a --fd 3 --modcaps sys_admin", "--modcaps: 'sys_admin' is not . or -"),
+        ("a --fd 3 --modcaps=+sysadmin", "--modcaps: '.sysadmin' is not . or -"),
+        ("a --fd 3 --thread-pool-size many", "--thread-pool-size 'many' is no number"),
+        ("a --fd 3 --seccomp maybe", "--seccomp 'maybe' is none of kill"),
+        ("a --fd 3 -o cache=auto", "no -o here"),
+        ("a --fd 3 --migration-mode=find-paths", "no --migration-mode here"),
     ],
 )
 def test_arguments_that_make_no_sense(line: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         parse(line.split())
+
+
+def test_virtiofsds_spelling() -> None:
+    line = (
+        "--shared-dir /srv --socket-path=/run/s --socket-group kvm --tag t --cache auto --xattr "
+        "--writeback --allow-mmap --allow-direct-io --preserve-noatime --no-readdirplus "
+        "--announce-submounts --no-killpriv-v2 --xattrmap :map::user.v.: "
+        "--translate-uid map:0:1000:10 --translate-uid forbid-guest:50:1 "
+        "--translate-gid host:1:2:3 --inode-file-handles=mandatory --sandbox namespace "
+        "--uid-map :0:1000:1: --gid-map=:0:1000:1: --seccomp log --modcaps=+sys_admin:-chown "
+        "--rlimit-nofile 1000 --thread-pool-size 4 --syslog --log-level trace -f"
+    )
+    arguments = parse(line.split())
+
+    assert isinstance(arguments, Arguments)
+    assert (arguments.directory, arguments.socket) == ("/srv", "/run/s")
+    assert (arguments.socket_group, arguments.nofile, arguments.syslog) == ("kvm", 1000, True)
+    assert arguments.log_level == logging.DEBUG
+    options = arguments.options
+    assert options.xattrmap is not None
+    assert options.xattrmap.to_host(b"a") == b"user.v.a"
+    assert options.translation is not None
+    assert options.translation.uid.to_host(3) == 1003
+    assert options.translation.gid.to_guest(1) == 2
+    assert replace(options, xattrmap=None, translation=None) == ShareOptions(
+        writeback=True,
+        tag=b"t",
+        readdirplus=False,
+        direct_io=True,
+        keep_noatime=True,
+        allow_mmap=True,
+        killpriv=False,
+        handles=HandleUse.MANDATORY,
+    )
+    assert arguments.isolation == Isolation(
+        sandbox=Sandbox.NAMESPACE,
+        seccomp="log",
+        added=frozenset((21,)),
+        dropped=frozenset((0,)),
+        uid_map=(UserMap(0, 1000, 1),),
+        gid_map=(UserMap(0, 1000, 1),),
+    )
+
+
+def test_every_option_of_the_real_one_is_known() -> None:
+    """Either it is taken, or the error says what to do instead."""
+    require_daemon("rust")
+    program = REPOSITORY / ".cache" / "daemons" / "rust" / "virtiofsd"
+    text = subprocess.run([program, "--help"], capture_output=True, check=True).stdout.decode()
+    options = re.findall(r"^\s+(?:-\w, )?(--[a-z0-9-]+)", text, re.MULTILINE)
+    assert len(options) > 35
+    for option in options:
+        with suppress(UsageError):
+            parse(["--shared-dir", "d", "--fd", "3", option])
+            continue
+        with pytest.raises(UsageError) as caught:
+            parse(["--shared-dir", "d", "--fd", "3", option])
+        assert "unknown option" not in str(caught.value)
+        assert caught.value.cure or "needs a value" in str(caught.value)
+
+
+def test_every_option_is_documented() -> None:
+    text = (REPOSITORY / "docs" / "serve.md").read_text()
+    options = set(re.findall(r"--[a-z0-9-]+", USAGE)) - {"--help"}
+    assert [option for option in options if f"`{option}" not in text] == []
+
+
+def test_defaults_that_follow_the_spelling() -> None:
+    ours, ported = parse(["d", "--fd", "3"]), parse(["--shared-dir", "d", "--fd", "3"])
+    assert isinstance(ours, Arguments)
+    assert isinstance(ported, Arguments)
+    assert (ours.options.xattr, ours.log_level) == (True, logging.WARNING)
+    assert (ported.options.xattr, ported.log_level) == (False, logging.INFO)
+
+
+def test_access_control_lists_bring_attributes() -> None:
+    arguments = parse(["--shared-dir", "d", "--fd", "3", "--posix-acl"])
+    assert isinstance(arguments, Arguments)
+    assert arguments.options == ShareOptions(posix_acl=True)
+
+
+def test_what_only_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--print-capabilities"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"type": "fs", "features": ["separate-options"]}
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,6 +308,41 @@ def test_orderly_end(home: Path, number: signal.Signals) -> None:
         assert process.wait(DEADLINE) == 0
         assert guest.is_disconnected()
         assert not (home / "s").exists()
+
+
+def test_socket_of_a_group(home: Path) -> None:
+    group = grp.getgrgid(os.getegid())
+    with daemon(str(home), "--socket", f"{home}/s", "--socket-group", group.gr_name):
+        info = (home / "s").stat()
+        assert info.st_mode & 0o777 == 0o660
+        assert info.st_gid == group.gr_gid
+
+
+def test_no_such_group(capsys: pytest.CaptureFixture[str], home: Path) -> None:
+    words = (str(home), "--socket", f"{home}/s", "--socket-group", "no such")
+    assert "there is no group 'no such'" in failure(capsys, *words)
+    assert not (home / "s").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("wanted", "limit"), [("0", 700), ("500", 500)])
+def test_limit_of_descriptors(home: Path, wanted: str, limit: int) -> None:
+    command = [
+        "sh",
+        "-c",
+        'ulimit -S -n 700; exec "$@"',
+        "sh",
+        *COMMAND,
+        str(home),
+        "--sandbox=none",
+    ]
+    command += ["--socket", f"{home}/s", "--rlimit-nofile", wanted]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, cwd=REPOSITORY) as process:
+        assert process.stderr is not None
+        assert b"listening" in process.stderr.readline()
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        process.kill()
+    assert re.search(rf"^Max open files +{limit} ", limits, re.MULTILINE)
 
 
 def test_socket_is_private(home: Path) -> None:

@@ -220,7 +220,8 @@ def _command(
     kind: str, source: Path, socket: Path, cache: str, xattr: bool, writeback: bool
 ) -> list[str]:
     if kind == "bundled":
-        return [sys.executable, "-m", "vfsmount", "serve", str(source), "--socket", str(socket)]
+        command = [sys.executable, "-m", "vfsmount", "serve", str(source), "--sandbox=none"]
+        return [*command, "--socket", str(socket)]
     command = [str(_fetched(kind)), f"--socket-path={socket}"]
     if kind == "c":
         # The namespace sandbox forks, and needs more rights than a container gives.

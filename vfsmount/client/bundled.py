@@ -7,6 +7,8 @@ the daemon finds its one guest waiting.
 * The child is started from the main thread. PR_SET_PDEATHSIG (prctl(2)) follows the death of the
   *thread* that forked, and a worker thread would end long before the mount.
 * It has a session of its own: Ctrl-C must reach us alone, for we still need the daemon to flush.
+* Root gives it a pid namespace, in which it is the first process: that takes a child, and like
+  this the child is the daemon itself. So it handles SIGTERM, which would be lost on it otherwise.
 * What it writes to stderr goes to our log. If it ends before the mount is up, its last line is the
   reason that the user sees.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["BundledDaemon", "bundled_daemon"]
 
 PR_SET_PDEATHSIG = 1
+CLONE_NEWPID = 0x20000000
 STOP_SECONDS = 5.0
 """A daemon without guests ends at once on SIGTERM; after that it is killed."""
 DEATH_SECONDS = 1.0
@@ -161,7 +165,7 @@ def _connected_pair() -> tuple[socket.socket, socket.socket]:
 
 def _arguments(settings: MountSettings, listener: int) -> list[str]:
     """The daemon's command line: it serves us only, and may promise as much as the mount does."""
-    words = ["--fd", str(listener), "--once", "--cache", settings.cache]
+    words = ["--fd", str(listener), "--once", "--sandbox", "auto", "--cache", settings.cache]
     # What it has to say about a single, well-known guest interests those who look for a fault.
     level = "warning" if settings.log_level == "info" else settings.log_level
     words += ["--log-level", level]
@@ -178,16 +182,35 @@ def _spawn(arguments: list[str], listener: int) -> subprocess.Popen[bytes]:
     # READY and STOPPING are ours to tell.
     environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
     environment["PYTHONPATH"] = os.pathsep.join([_package_folder(), *_absolute_python_path()])
-    return subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        pass_fds=(listener,),
-        start_new_session=True,
-        env=environment,
-        preexec_fn=_die_with_parent(os.getpid()),
-    )
+    with _children_in_a_pid_namespace(), _reference_to_us() as parent:
+        return subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(listener,),
+            start_new_session=True,
+            env=environment,
+            preexec_fn=_die_with_parent(parent),
+        )
+
+
+@contextmanager
+def _children_in_a_pid_namespace() -> Iterator[None]:
+    """Have the child of this block begin a pid namespace where the host allows that: to root."""
+    try:
+        home = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    entered = libc.unshare(CLONE_NEWPID) == 0
+    try:
+        yield
+    finally:
+        # Whoever could leave may come back; later children must not be in the daemon's.
+        if entered and libc.setns(home, CLONE_NEWPID) != 0:
+            raise ConnectError("cannot return to our own pid namespace")
+        os.close(home)
 
 
 def _package_folder() -> str:
@@ -199,11 +222,23 @@ def _absolute_python_path() -> list[str]:
     return [entry for entry in entries if os.path.isabs(entry)]
 
 
+@contextmanager
+def _reference_to_us() -> Iterator[int]:
+    """A pidfd, because in a pid namespace of its own the child has no number for us."""
+    reference = os.pidfd_open(os.getpid())
+    try:
+        yield reference
+    finally:
+        os.close(reference)
+
+
 def _die_with_parent(parent: int) -> Callable[[], None]:
     def in_child() -> None:
+        # Kept for it until it listens to signals: the first process of a pid namespace ignores it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
         # Not SIGTERM, which would wait for SIGCONT in a daemon that is stopped.
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
+        if select.select([parent], [], [], 0)[0]:
             os._exit(ExitCode.INTERNAL)  # it died before the call above
 
     return in_child

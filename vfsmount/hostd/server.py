@@ -29,7 +29,7 @@ from vfsmount.hostd.fs.share import Share, ShareOptions
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["DEFAULT_POLL_US", "Server", "listen", "listen_on_fd", "serve"]
+__all__ = ["DEFAULT_POLL_US", "Server", "SocketFile", "listen", "listen_on_fd", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +44,12 @@ _STARVED_MS: Final = 100
 DEFAULT_POLL_US: Final = 50
 
 
-def listen(path: str) -> socket.socket:
-    """Return a socket that listens at ``path``, for its owner alone.
+def listen(path: str, group: str | None = None) -> socket.socket:
+    """Return a socket that listens at ``path``, for its owner alone or a group as well.
 
     Raises:
-        UsageError: Somebody listens there, it is no socket, or the host refuses.
+        UsageError: Somebody listens there, it is no socket, there is no such group, or the host
+            refuses.
     """
     if not path or "\0" in path:  # to the kernel: a name outside of the filesystem
         raise UsageError(f"cannot listen on {path!r}: that is no path")
@@ -58,6 +59,8 @@ def listen(path: str) -> socket.socket:
     umask = os.umask(0o077)
     try:
         sock.bind(path)
+        if group is not None:
+            _admit_group(path, group)
         sock.listen(_BACKLOG)
     except (OSError, ValueError) as error:
         sock.close()
@@ -66,6 +69,18 @@ def listen(path: str) -> socket.socket:
     finally:
         os.umask(umask)
     return sock
+
+
+def _admit_group(path: str, group: str) -> None:
+    import grp  # hardly ever needed, at every start
+
+    try:
+        gid = grp.getgrnam(group).gr_gid
+    except KeyError:
+        os.unlink(path)
+        raise ValueError(f"there is no group {group!r}") from None
+    os.chown(path, -1, gid)
+    os.chmod(path, 0o660)
 
 
 def _remove_stale(path: str) -> None:
@@ -105,6 +120,25 @@ def listen_on_fd(fd: int) -> socket.socket:
     return sock
 
 
+class SocketFile:
+    """The file of a listening socket that was just made, to be removed at the end.
+
+    Args:
+        path: Where it is; None where the socket's file is somebody else's affair.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self.path = path
+        self._identity = None if path is None else _identity(path)
+
+    def remove(self) -> None:
+        """Remove it, once, unless another daemon has put its own there."""
+        path, self.path = self.path, None
+        if path is not None and _identity(path) == self._identity:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+
 class Server:
     """Accepts guests until it is stopped.
 
@@ -127,8 +161,7 @@ class Server:
     ) -> None:
         self._share = share
         self._sock = sock
-        self._path = path
-        self._identity = _identity(path)
+        self._file = SocketFile(path)
         self._poll_us = poll_us
         self._once = once
         self._guests: dict[Connection, threading.Thread] = {}
@@ -159,7 +192,7 @@ class Server:
     def close(self) -> None:
         """Send all guests away and give the socket back."""
         self._sock.close()
-        self._remove_file()
+        self._file.remove()
         with self._lock:
             guests = dict(self._guests)
         for guest in guests:
@@ -221,13 +254,6 @@ class Server:
         if self._once:
             self.stop()
 
-    def _remove_file(self) -> None:
-        """Remove our socket file, unless another daemon has put its own there."""
-        path, self._path = self._path, None
-        if path is not None and _identity(path) == self._identity:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
-
 
 def serve(
     directory: str | os.PathLike[str],
@@ -249,9 +275,7 @@ def serve(
         server.run()
 
 
-def _identity(path: str | None) -> tuple[int, int] | None:
-    if path is None:
-        return None
+def _identity(path: str) -> tuple[int, int] | None:
     try:
         info = os.lstat(path)
     except OSError:

@@ -22,12 +22,18 @@ __all__ = [
     "UTIME_OMIT",
     "MountIds",
     "birth_time",
+    "detach",
+    "drop_bounding_set",
     "fallocate",
     "getdents64",
+    "mount",
     "name_to_handle_at",
     "open_beneath",
     "open_by_handle_at",
+    "pivot_root",
     "renameat2",
+    "set_no_new_privs",
+    "set_parent_death_signal",
     "statx",
     "syncfs",
     "thread_capabilities",
@@ -36,6 +42,7 @@ __all__ = [
     "thread_setegid",
     "thread_seteuid",
     "thread_unshare_fs",
+    "unshare",
     "utimensat",
 ]
 
@@ -58,11 +65,14 @@ _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x02, 0x04, 0x0
 _CLONE_FS = 0x200
 _MAX_HANDLE_SZ = 128
 _UNCHANGED = -1
+_MNT_DETACH = 2
+_PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 24, 38
 _CAPABILITY_VERSION_3 = 0x20080522
 
 #: Numbers that differ between machines; the second column is the generic table (arm64, riscv64).
 _X86 = platform.machine() in {"x86_64", "AMD64"}
 _SYS_OPENAT2: Final = 437
+_SYS_PIVOT_ROOT = 155 if _X86 else 41
 _SYS_SETRESUID, _SYS_SETRESGID, _SYS_SETGROUPS = (117, 119, 116) if _X86 else (147, 149, 159)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -96,6 +106,10 @@ _open_by_handle_at = _function("open_by_handle_at", _int, _pointer, _int)
 _unshare = _function("unshare", _int)
 _capget = _function("capget", _pointer, _pointer)
 _capset = _function("capset", _pointer, _pointer)
+_prctl = _function("prctl", _int, _ulong, _ulong, _ulong, _ulong)
+_mount = _function("mount", _path, _path, _path, _ulong, _pointer)
+_umount2 = _function("umount2", _path, _int)
+_pivot_root = _function("syscall", _long, _path, _path, result=_long)
 _syscall3 = _function("syscall", _long, _long, _long, _long, result=_long)
 _openat2 = _function("syscall", _long, _int, _path, _pointer, _ulong, result=_long)
 
@@ -264,3 +278,41 @@ def thread_set_capabilities(words: list[int]) -> None:
     """Set this thread's capability words."""
     header, data = _CapHeader(_CAPABILITY_VERSION_3, 0), _CapData(*words)
     _check(_capset(ctypes.addressof(header), ctypes.addressof(data)))
+
+
+def drop_bounding_set() -> None:
+    """PR_CAPBSET_DROP of every capability that there is; takes CAP_SETPCAP."""
+    for number in range(64):
+        if _prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) == -1:
+            return  # beyond the last that this kernel knows
+
+
+def set_no_new_privs() -> None:
+    """PR_SET_NO_NEW_PRIVS: no program that is executed gets more rights than this process."""
+    _check(_prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def set_parent_death_signal(number: int) -> None:
+    """PR_SET_PDEATHSIG: get this signal when the thread that forked this process ends."""
+    _check(_prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0))
+
+
+def unshare(flags: int) -> None:
+    """unshare(2): leave namespaces for new ones (CLONE_NEW*)."""
+    _check(_unshare(flags))
+
+
+def mount(source: str, target: str, kind: str | None, flags: int) -> None:
+    """mount(2) without data."""
+    filesystem = None if kind is None else kind.encode()
+    _check(_mount(os.fsencode(source), os.fsencode(target), filesystem, flags, None))
+
+
+def detach(target: str) -> None:
+    """umount2(2) with MNT_DETACH: out of sight at once, descriptors of it stay good."""
+    _check(_umount2(os.fsencode(target), _MNT_DETACH))
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    """pivot_root(2)."""
+    _check(_pivot_root(_SYS_PIVOT_ROOT, os.fsencode(new_root), os.fsencode(put_old)))
