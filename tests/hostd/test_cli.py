@@ -218,10 +218,14 @@ def test_defaults_that_follow_the_spelling() -> None:
     assert (ported.options.xattr, ported.log_level) == (False, logging.INFO)
 
 
-def test_access_control_lists_bring_attributes() -> None:
-    arguments = parse(["--shared-dir", "d", "--fd", "3", "--posix-acl"])
-    assert isinstance(arguments, Arguments)
-    assert arguments.options == ShareOptions(posix_acl=True)
+def test_what_takes_attributes_along() -> None:
+    for option, expected in (
+        ("--posix-acl", ShareOptions(posix_acl=True)),
+        ("--security-label", ShareOptions(security_label=True)),
+    ):
+        arguments = parse(["--shared-dir", "d", "--fd", "3", option])
+        assert isinstance(arguments, Arguments)
+        assert arguments.options == expected
 
 
 def test_what_only_prints(capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,3 +175,14 @@ def _change(guest: DirectGuest, change: str, node: int, fh: int) -> None:
         case _:
             body = fuse.COPY_FILE_RANGE_IN.values(fh, 0, node, fh, 100, 2, 0)
             guest.call(Opcode.COPY_FILE_RANGE, node, body)
+
+
+def test_labels_of_new_files_have_the_hosts_names(folder: Path, path: Path) -> None:
+    options = ShareOptions(xattrmap=parse_xattr_map(EVERYTHING), security_label=True)
+    ext = fuse.encode_extensions(fuse.Extensions(security=((b"security.selinux", b"label"),)))
+    with Share(folder, options) as share, DirectGuest(share) as guest:
+        guest.init()
+        guest.mkdir(ROOT, b"dir", ext=ext)
+        guest.create(ROOT, b"new", ext=ext)
+    for name in ("dir", "new"):
+        assert os.getxattr(folder / name, "user.virtiofs.security.selinux") == b"label"

@@ -54,6 +54,7 @@ What guests may do:
   --no-killpriv-v2          do not clear set-id bits for them (shares that lie on NFS)
   --xattr                   serve extended attributes (default with DIR, not with --shared-dir)
   --xattrmap RULES          under other names on the host
+  --security-label          label files when they are made; takes --xattr along
   --posix-acl               let access control lists count; takes --xattr along
 
 Users and groups:
@@ -111,8 +112,8 @@ _MAX_WINDOW: Final = 64 << 40
 _FLAGS: Final = frozenset((
     "allow-direct-io", "allow-mmap", "announce-submounts", "help", "killpriv-v2",
     "no-announce-submounts", "no-killpriv-v2", "no-readdirplus", "no-xattr", "once",
-    "posix-acl", "preserve-noatime", "print-capabilities", "readonly", "syslog",
-    "writeback", "xattr",
+    "posix-acl", "preserve-noatime", "print-capabilities", "readonly", "security-label",
+    "syslog", "writeback", "xattr",
 ))
 _VALUES: Final = frozenset((
     "cache", "dax", "fd", "inode-file-handles", "log-level", "modcaps", "poll-us", "request-queues",
@@ -129,7 +130,6 @@ _NOT_HERE: Final = {
     "-o": "write its words as options of their own: -o cache=auto,xattr is --cache auto --xattr",
     "--version": "ask vfsmount --version",
     "-V": "ask vfsmount --version",
-    "--security-label": "leave it out: labels are not set when a file is made",
     "--migration-mode": "leave it out: a guest cannot be migrated with this daemon",
     "--migration-on-error": "leave it out: a guest cannot be migrated with this daemon",
     "--migration-verify-handles": "leave it out: a guest cannot be migrated with this daemon",
@@ -301,8 +301,9 @@ def _options(words: _Words, ported: bool) -> ShareOptions:
         cache=_CACHE_WORDS[_word(values, "cache", _CACHE_WORDS, "auto")],
         readonly="readonly" in flags,
         writeback="writeback" in flags,
-        xattr=bool(flags & {"xattr", "posix-acl"}) or not (ported or "no-xattr" in flags),
+        xattr=bool(flags & _NEEDING_XATTR) or not (ported or "no-xattr" in flags),
         posix_acl="posix-acl" in flags,
+        security_label="security-label" in flags,
         tag=tag,
         request_queues=_number(values, "request-queues", 1, MAX_REQUEST_QUEUES, 1),
         dax=_window(values.get("dax", "1G")),
@@ -318,9 +319,11 @@ def _options(words: _Words, ported: bool) -> ShareOptions:
     )
 
 
+_NEEDING_XATTR: Final = {"xattr", "posix-acl", "security-label"}
 _OPPOSITES: Final = (
     ("xattr", "no-xattr"),
     ("posix-acl", "no-xattr"),
+    ("security-label", "no-xattr"),
     ("announce-submounts", "no-announce-submounts"),
     ("killpriv-v2", "no-killpriv-v2"),
 )

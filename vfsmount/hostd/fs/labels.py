@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from xattr import pyxattr_compat
 
+from vfsmount.hostd import procfd
+
 if TYPE_CHECKING:
     from vfsmount.hostd.fs.inodes import Inode
+    from vfsmount.hostd.fs.xattrmap import XattrMap
 
 __all__ = ["label"]
 
@@ -25,7 +28,11 @@ _PREFIX = b"security."
 
 
 def label(
-    contexts: tuple[tuple[bytes, bytes], ...], inode: Inode, parent: Inode, name: bytes
+    contexts: tuple[tuple[bytes, bytes], ...],
+    inode: Inode,
+    parent: Inode,
+    name: bytes,
+    rules: XattrMap | None = None,
 ) -> None:
     """Label a new node, or remove it.
 
@@ -34,6 +41,7 @@ def label(
         inode: The node, open.
         parent: The directory that it was made in, open.
         name: Its name there; empty where it has none.
+        rules: Other names for the labels on the host.
 
     Raises:
         OSError: The host does not take a label (EPERM, EOPNOTSUPP, ...); EINVAL: it is none.
@@ -42,7 +50,8 @@ def label(
         for attribute, value in contexts:
             if not attribute.startswith(_PREFIX):
                 raise OSError(errno.EINVAL, "no security label")
-            _host.setxattr(inode.proc_path, attribute, value)
+            host_name = attribute if rules is None else rules.to_host(attribute)
+            _host.setxattr(procfd.path(inode.proc_name), host_name, value)
     except OSError:
         if name:
             # Whoever has put something else there meanwhile keeps it, as far as can be told.

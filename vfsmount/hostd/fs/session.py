@@ -316,7 +316,8 @@ class Session:
             OSError: It cannot have its labels. It has been removed, and the lookup taken back.
         """
         try:
-            labels.label(request.extensions.security or (), inode, parent, name)
+            rules = self.share.options.xattrmap
+            labels.label(request.extensions.security or (), inode, parent, name, rules)
             return os.fstat(inode.fd)
         except OSError:
             self.inodes.forget(inode.nodeid, 1)
