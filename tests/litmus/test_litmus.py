@@ -18,7 +18,6 @@ from tests.litmus.rows import MODES, ROWS, Row, When, look_at
 from tests.support.daemons import require_daemon
 from tests.support.shares import Shared, open_shared
 from tests.support.wait import wait_until
-from vfsmount.cache.policy import MODES as POLICY_MODES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,11 +40,14 @@ class Site(NamedTuple):
     mode: str
     timeout: float
     writeback: bool = False
+    daemon_cache: str = "auto"
 
     def __str__(self) -> str:
         parts = [self.kind, self.engine, self.mode]
         if self.mode == "auto":
             parts.append("long" if self.timeout == LONG else "short")
+        if self.mode == "host":
+            parts.append(self.daemon_cache)
         return "-".join(parts + ["writeback"] * self.writeback)
 
 
@@ -60,17 +62,25 @@ def sites() -> Iterator[Site]:
         yield Site("bundled", engine, "auto", SHORT)
         yield Site("bundled", engine, "auto", LONG, writeback=True)
         yield Site("rust", engine, "auto", LONG)
-        if "host" in POLICY_MODES:
-            yield Site("bundled", engine, "host", LONG)
+        yield Site("bundled", engine, "host", LONG, daemon_cache="none")
+        yield Site("rust", engine, "host", LONG, daemon_cache="always")
+        yield Site("c", engine, "host", SHORT, daemon_cache="auto")
     yield Site("c", "relay", "auto", LONG)
     yield Site("rust", "relay", "none", LONG)
     yield Site("rust", "relay", "always", LONG)
     yield Site("rust", "relay", "auto", LONG, writeback=True)
 
 
-def when(row: Row, mode: str) -> When:
-    """When a row is seen; mode ``host`` is tried on a daemon that wants nothing cached."""
-    return row.when("none" if mode == "host" else mode)
+def when(row: Row, site: Site) -> When:
+    """When a row is seen; in mode ``host`` as the daemon would have it.
+
+    A daemon that is in its mode ``auto`` does not say whether a file has changed, so that an open
+    sees at once what is within the size that is believed.
+    """
+    if site.mode != "host":
+        return row.when(site.mode)
+    promised = row.when(site.daemon_cache)
+    return When.WITHIN_TIMEOUT if promised == When.NEXT_OPEN else promised
 
 
 def is_case(params: dict[str, Any]) -> bool:
@@ -79,7 +89,7 @@ def is_case(params: dict[str, Any]) -> bool:
     if "writer" not in params:
         return site.timeout == LONG
     if site.timeout == SHORT:
-        return when(params["row"], site.mode) == When.WITHIN_TIMEOUT
+        return when(params["row"], site) == When.WITHIN_TIMEOUT
     return not site.writeback
 
 
@@ -94,9 +104,10 @@ def is_case(params: dict[str, Any]) -> bool:
 )
 def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
     """Two mounts of one folder."""
-    kind, engine, mode, timeout, writeback = request.param
+    kind, engine, mode, timeout, writeback, daemon_cache = request.param
     require_daemon(kind)
     options = ["--timeout", str(timeout)]
+    its_own = mode == "host" and kind == "c"
     with open_shared(
         kind,
         engine,
@@ -104,7 +115,8 @@ def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
         mounts=2,
         options=options,
         writeback=writeback,
-        daemon_cache="none" if mode == "host" else "auto",
+        daemon_cache=daemon_cache,
+        daemon_options=["-o", f"timeout={timeout}"] if its_own else [],
     ) as shared:
         yield shared
 
@@ -138,7 +150,7 @@ def test_changed_elsewhere(
         row.act(host if writer == "host" else other)
         new = look_at(row, host, host_fd)
 
-        if when(row, site.mode) in (When.AT_ONCE, When.NEXT_OPEN):
+        if when(row, site) in (When.AT_ONCE, When.NEXT_OPEN):
             assert look_at(row, here, fd) == new
             return
         # Before it must be seen it may be seen, but never something else.

@@ -73,6 +73,7 @@ def open_shared(
     writeback: bool = False,
     xattr: bool = True,
     daemon_cache: str = "auto",
+    daemon_options: Sequence[str] = (),
 ) -> Iterator[Shared]:
     """Share a fresh folder, in memory where that is possible, and mount it.
 
@@ -85,6 +86,7 @@ def open_shared(
         writeback: Keep written data here for a while, and have the daemon accept that.
         xattr: Whether the daemon serves extended attributes.
         daemon_cache: What the daemon would have cached: ``none``, ``auto`` or ``always``.
+        daemon_options: More arguments of the daemon, as its kind spells them.
     """
     in_memory = not tmpfs_problem() and supports_user_xattr(TMPFS)
     home = Path(tempfile.mkdtemp(prefix="vfsmount-share-", dir=TMPFS if in_memory else None))
@@ -92,6 +94,7 @@ def open_shared(
     words = [*options, *(["--writeback"] if writeback else [])]
     extra = ["--cache", daemon_cache] if kind == "bundled" else []
     extra += ["--writeback"] if writeback and kind == "bundled" else []
+    extra += daemon_options
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, home)
         shared = Shared(kind, engine, cache, home / "host", [], [])
