@@ -12,6 +12,8 @@ import vfsmount
 from tests.support.daemons import start_daemon
 from tests.support.wait import wait_until_async
 from vfsmount.errors import RemoteErrno
+from vfsmount.wire import fuse
+from vfsmount.wire.fuse import LockFlag, LockType
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,3 +90,63 @@ async def test_a_guest_that_is_cut_off_harms_no_other(tmp_path: Path) -> None:
                 cut_off.cancel()
         assert daemon.is_running()
     assert len(list((tmp_path / "shared").glob("0-*"))) == ROUNDS // 2
+
+
+# --- locks ----------------------------------------------------------------------------------------
+
+INCREMENTS = 50
+END_OF_FILE = (1 << 63) - 1
+
+
+def whole(fh: int, owner: int, kind: int = LockType.WRITE, flags: int = 0) -> fuse.LkIn:
+    return fuse.LkIn(fh, owner, 0, END_OF_FILE, kind, 1, flags)
+
+
+async def counting_guest(daemon: Daemon, owners: int, flags: int) -> None:
+    """Count in a shared file, with two lock owners at once, each under the lock."""
+    async with vfsmount.connect(daemon.socket) as guest, trio.open_nursery() as nursery:
+        node = (await guest.lookup(1, b"counter")).nodeid
+
+        async def count(owner: int) -> None:
+            fh = (await guest.open(node, os.O_RDWR)).fh
+            for _ in range(INCREMENTS):
+                await guest.setlk(node, whole(fh, owner, flags=flags), wait=True)
+                number = int(await guest.read(node, fh, 0, 100))
+                await trio.lowlevel.checkpoint()
+                await guest.write(node, fh, 0, b"%d" % (number + 1))
+                await guest.setlk(node, whole(fh, owner, LockType.UNLOCK, flags))
+            await guest.release(node, fh)
+
+        for owner in range(owners):
+            nursery.start_soon(count, owner)
+
+
+@pytest.mark.parametrize("flags", [0, LockFlag.FLOCK])
+async def test_no_count_is_lost_under_a_lock(tmp_path: Path, flags: int) -> None:
+    (tmp_path / "counter").write_bytes(b"0")
+    with start_daemon("bundled", tmp_path) as daemon:
+        before = daemon.fd_count()
+        with trio.fail_after(DEADLINE):
+            async with trio.open_nursery() as nursery:
+                for _ in range(GUESTS):
+                    nursery.start_soon(counting_guest, daemon, 2, flags)
+        await wait_until_async(
+            lambda: daemon.fd_count() == before, DEADLINE, "all descriptors to be given back"
+        )
+    assert int((tmp_path / "counter").read_bytes()) == GUESTS * 2 * INCREMENTS
+
+
+async def test_a_lock_that_is_granted_to_nobody_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with start_daemon("bundled", tmp_path) as daemon:
+        async with vfsmount.connect(daemon.socket) as one, vfsmount.connect(daemon.socket) as two:
+            node, other = [(await guest.lookup(1, b"file")).nodeid for guest in (one, two)]
+            fh, held = (await one.open(node, os.O_RDWR)).fh, (await two.open(other, os.O_RDWR)).fh
+            await one.setlk(node, whole(fh, 1))
+            with trio.move_on_after(0.1) as scope:
+                await two.setlk(other, whole(held, 2), wait=True)
+            assert scope.cancelled_caught
+            await one.setlk(node, whole(fh, 1, LockType.UNLOCK))
+
+            with trio.fail_after(DEADLINE):
+                await one.setlk(node, whole(fh, 3), wait=True)
