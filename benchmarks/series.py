@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.operations import FIRST_READ, OPERATIONS, RSS_CHURN, RSS_CROWD, RSS_IDLE
-from benchmarks.subjects import SUBJECTS, TREES_ONLY
+from benchmarks.subjects import DAX_ONLY, SUBJECTS, TREES_ONLY
 from benchmarks.trees import EXERCISES, TREE_ROWS
 
 __all__ = ["BARS", "DEFAULT", "SERIES", "Bar", "Series"]
 
-CALLED = tuple(name for name in SUBJECTS if name not in TREES_ONLY)
+CALLED = tuple(name for name in SUBJECTS if name not in TREES_ONLY | DAX_ONLY)
 SHOWN = (
     "native", "bindfs", "passthrough_ll", "sshfs", "vfsmount-rust", "vfsmount-rust-pyfuse3",
 )  # fmt: skip
@@ -69,6 +69,8 @@ class Bar:
     other: str = ""
 
 
+PYFUSE3_BUNDLED = "vfsmount-bundled-pyfuse3"
+
 #: Operations of the pinned tables: several processes mean something on several processors only.
 ALONE = tuple(name for name in OPERATIONS if name != "read_4k_many")
 
@@ -100,6 +102,16 @@ SERIES: dict[str, Series] = {
                 "write_1m",
             ),
             pinned=False,
+            churn=False,
+        ),
+        # No page is kept here, so the calls of the warm-up map the file and no more.
+        Series(
+            "dax",
+            "none",
+            True,
+            f"{PYFUSE3_BUNDLED}-off",
+            ("native", *(f"{PYFUSE3_BUNDLED}-{mark}" for mark in ("off", "dax", "narrow"))),
+            ("read_4k", "write_4k", "read_1m", "write_1m"),
             churn=False,
         ),
         Series("trees", "auto", False, "passthrough_ll", SHOWN, TREE_ROWS, commands=True),
@@ -151,6 +163,9 @@ BARS: tuple[Bar, ...] = (
     Bar("uncached", RELAY, RSS_CROWD.name, 45),
     # 400 MiB for a million names: a tenth of what they may add, on top of an idle process.
     Bar("uncached", PYFUSE3, RSS_CROWD.name, 80),
+    Bar("dax", f"{PYFUSE3_BUNDLED}-dax", "read_4k", 0.85, f"{PYFUSE3_BUNDLED}-off"),
+    # A window of a quarter of the file: 0.9 times the speed.
+    Bar("dax", f"{PYFUSE3_BUNDLED}-narrow", "read_4k", 1 / 0.9, f"{PYFUSE3_BUNDLED}-off"),
     *(
         Bar("trees", RELAY, row, 1.15 if row.endswith("_warm") else 2.5, C_PEER)
         for row in TREE_ROWS

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-__all__ = ["SUBJECTS", "TREES_ONLY", "Stage", "Subject"]
+__all__ = ["DAX_ONLY", "SUBJECTS", "TREES_ONLY", "Stage", "Subject"]
 
 # Debian and its children; Red Hat and its; Arch.
 SFTP_SERVERS = tuple(
@@ -121,7 +121,9 @@ def _sshfs(stage: Stage) -> Iterator[list[str]]:
     yield [*words, "-o", "default_permissions", f"here:{stage.source}", str(stage.mountpoint)]
 
 
-def _vfsmount(kind: str, engine: str = "auto") -> Subject:
+def _vfsmount(kind: str, engine: str = "auto", dax: str = "off", mark: str = "") -> Subject:
+    """A row for vfsmount; ``dax`` as its option, ``mark`` ends the names of rows about it."""
+
     def prepare() -> None:
         if problem := daemon_problem(kind):
             raise Unavailable(problem)
@@ -133,13 +135,15 @@ def _vfsmount(kind: str, engine: str = "auto") -> Subject:
         with start_daemon(kind, stage.source, cache=stage.cache, xattr=False) as daemon:
             words = [sys.executable, "-m", "vfsmount", str(stage.mountpoint)]
             words += ["--socket", str(daemon.socket), "--cache", stage.cache, "-f"]
-            words += ["--engine", engine]
+            words += ["--engine", engine, "--dax", dax]
             yield words + (["--cpus", str(stage.cpu)] if stage.cpu is not None else [])
 
     origin = {"c": "QEMU's C virtiofsd", "rust": "Rust virtiofsd", "bundled": "the bundled daemon"}
     name, what = f"vfsmount-{kind}", f"vfsmount over {origin[kind]}"
     if engine != "auto":
         name, what = f"{name}-{engine}", f"{what}, {engine} engine"
+    if mark:
+        name, what = f"{name}-{mark}", f"{what}, --dax {dax}"
     return Subject(name, what, prepare, command, churn=True, crowd=kind == "rust")
 
 
@@ -177,8 +181,13 @@ SUBJECTS: dict[str, Subject] = {
         _vfsmount("rust"),
         _vfsmount("bundled"),
         _vfsmount("rust", "pyfuse3"),
+        _vfsmount("bundled", "pyfuse3", mark="off"),
+        _vfsmount("bundled", "pyfuse3", "1G", "dax"),
+        _vfsmount("bundled", "pyfuse3", "16M", "narrow"),
     )
 }
 
 #: Names of those that have nothing to say about single calls.
 TREES_ONLY = frozenset({"bindfs", "sshfs"})
+#: Names of those that differ from others by their DAX window alone.
+DAX_ONLY = frozenset(name for name in SUBJECTS if name.endswith(("-off", "-dax", "-narrow")))
