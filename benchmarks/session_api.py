@@ -39,7 +39,7 @@ ACCESSES = 100_000
 async def _timed(guest: Session, nodeid: int, fh: int, size: int, *, view: bool) -> float:
     """Return the microseconds that a read takes on average."""
     read: Callable[[int, int, int, int], Awaitable[object]]
-    read = guest.read_view if view else guest.read
+    read = guest.read_mapped if view else guest.read
     begun = perf_counter()
     for call in range(CALLS):
         await read(nodeid, fh, call * size % FILE_SIZE, size)
@@ -59,7 +59,7 @@ async def _compare(guest: Session, nodeid: int, fh: int) -> None:
                 guest.dax = dax
                 assert await dax.map(nodeid, 0, FILE_SIZE, write=True)
                 rounds.append((message, await _timed(guest, nodeid, fh, size, view=view)))
-            name = f"{'read_view' if view else 'read'} {title}"
+            name = f"{'read_mapped' if view else 'read'} {title}"
             columns = [median(column) for column in zip(*rounds, strict=True)]
             ratio = median(message / mapped for message, mapped in rounds)
             print(f"{name:24}{columns[0]:9.1f} us{columns[1]:9.1f} us{ratio:10.1f}")

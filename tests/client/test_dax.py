@@ -292,6 +292,29 @@ async def test_a_working_set_that_exceeds_the_window_is_bypassed(
         guest.forget(entry.nodeid)
 
 
+async def test_views_without_a_copy(daemon: Daemon, folder: Path) -> None:
+    content = os.urandom(3 * MIB)
+    async with mapped(daemon, content) as file:
+        read = file.guest.read_mapped
+        view = await read(file.nodeid, file.fh, 4096, MIB)
+        assert view == content[4096 : 4096 + MIB]
+        assert len(await read(file.nodeid, file.fh, 3 * MIB - 5, 100)) == 5
+        assert len(await read(file.nodeid, file.fh, 3 * MIB, 100)) == 0
+        await file.write(4096, b"seen")
+        assert bytes(view[:4]) == b"seen"
+        os.truncate(folder / "file", 5000)
+        assert bytes(view[:4]) == b"seen"
+        assert view[8192:] == bytes(MIB - 8192)
+        assert await read(file.nodeid, file.fh, 4990, 100) == content[4990:5000]
+        assert file.sent == 0
+        assert len(await read(file.nodeid, file.fh, RANGE - 5, 10)) == 0  # in two ranges: a copy
+        assert file.sent == 0
+        await file.guest.removemapping(file.nodeid, [(0, 8 * MIB)])
+        assert view == bytes(MIB)
+        assert bytes(await read(file.nodeid, file.fh, 4096, 4)) == b"seen"
+        assert file.sent == 1
+
+
 async def test_synced_to_the_host(daemon: Daemon, folder: Path) -> None:
     async with mapped(daemon, bytes(100)) as file:
         await file.write(0, b"durable")

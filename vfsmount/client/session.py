@@ -569,6 +569,22 @@ class Session:
             pid=who.pid,
         )
 
+    async def read_mapped(
+        self, nodeid: int, fh: int, offset: int, size: int, caller: Identity | None = None
+    ) -> memoryview:
+        """As ``read_view``, and of what is mapped by DAX a view of the file itself: no copy at all.
+
+        Such a view stays good, and shows the file as it is whenever it is looked at; where it has
+        been truncated since, and once the mapping is gone, zeros. ``dax.map`` maps what is to be
+        read so; a part that is not mapped, or lies in two ranges, is read by message.
+        """
+        if self.dax is not None:
+            view = self.dax.view(nodeid, fh, offset, size)
+            if view is not None:
+                await self.dax.give_way()
+                return view
+        return await self.read_view(nodeid, fh, offset, size, caller)
+
     async def write(
         self,
         nodeid: int,

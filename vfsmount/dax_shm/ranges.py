@@ -39,6 +39,7 @@ class Range:
         pins: How many need it as it is just now.
         file: What is mapped there, once it is ready.
         generation: The window's when that was looked up last.
+        shown: The window's and its memory's counts when it was mapped into memory.
     """
 
     __slots__ = (
@@ -49,6 +50,7 @@ class Range:
         "nodeid",
         "pins",
         "ready",
+        "shown",
         "writable",
     )
 
@@ -61,6 +63,7 @@ class Range:
         self.pins = 0
         self.file: OpenFile | None = None
         self.generation = -1
+        self.shown: tuple[int, int] | None = None
 
     def __repr__(self) -> str:
         return f"<Range {self.moffset:#x} of node {self.nodeid}[{self.index}]>"

@@ -1,11 +1,12 @@
 """The window: descriptors of what the back-end maps, and the checks of what it asks.
 
-The back-end maps a part of a file by sending its descriptor. We keep the descriptor and no more:
-reading and writing through it is the same page cache as a mapping would be, without what a mapping
-costs and threatens. A load from a mapped page behind the end of a file that the host has truncated
-is SIGBUS and the death of the process; preadv(2) on the descriptor stops at the end of the file as
-it is now. It takes 1.0 us for 4 KiB and 74 us for 1 MiB; process_vm_readv(2) of a mapping, which
-would fail with EFAULT instead, takes 3.3 us and 100 us.
+The back-end maps a part of a file by sending its descriptor, which we keep. Reading and writing go
+through it: that is the same page cache as a mapping would be, without what a mapping costs and
+threatens. A load from a mapped page behind the end of a file that the host has truncated is SIGBUS,
+while preadv(2) on the descriptor stops at the end of the file as it is now. It takes 1.0 us for
+4 KiB and 74 us for 1 MiB; process_vm_readv(2) of a mapping, which would fail with EFAULT instead,
+takes 3.3 us and 100 us. Into memory it is mapped for those alone who want to look without a copy
+(``memory``).
 
 The handler that maps and unmaps runs in the event loop, and a thread of an engine may ask for
 descriptors at any time: one lock guards the table, and is never held over anything that waits.
@@ -20,10 +21,14 @@ import os
 import resource
 import stat
 import threading
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vfsmount.dax_shm.mappings import Mapping, MappingTable, OpenFile, check_place
+from vfsmount.dax_shm.memory import WindowMemory
 from vfsmount.dax_shm.ranges import RANGE_SIZE, RangeTable
+
+if TYPE_CHECKING:
+    from vfsmount.dax_shm.ranges import Range
 
 __all__ = ["Window"]
 
@@ -54,6 +59,7 @@ class Window:
         self.ranges = RangeTable(0)
         self.generation = 0
         self._limit = limit
+        self._memory: WindowMemory | None = None
         # Out of descriptors, a message with one could not be received, which ends the channel.
         self._most_files = max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 1)
         self._lock = threading.Lock()
@@ -95,6 +101,9 @@ class Window:
             self.generation += 1
             for one in self._table.clear():
                 self._let_go(one.file)
+            if self._memory is not None:
+                self._memory.close()
+                self._memory = None
         self.ranges.clear()
 
     # --- what the back-end asks ------------------------------------------------------------------
@@ -154,7 +163,7 @@ class Window:
             self.generation += 1
             gone = self._table.remove(moffset, length)
             if gone is not None:
-                self._let_go(gone.file)
+                self._hide(gone)
         if gone is None:
             return self._refuse(errno.EINVAL, f"no mapping of {length:#x} bytes at {moffset:#x}")
         return 0
@@ -165,7 +174,12 @@ class Window:
             self.generation += 1
             for one in self._table.overlapping(moffset, length):
                 self._table.remove(one.moffset, one.length)
-                self._let_go(one.file)
+                self._hide(one)
+
+    def _hide(self, gone: Mapping[OpenFile]) -> None:
+        if self._memory is not None:
+            self._memory.unmap(gone.moffset, gone.length)
+        self._let_go(gone.file)
 
     def _let_go(self, file: OpenFile) -> None:
         file.mappings -= 1
@@ -188,6 +202,41 @@ class Window:
         """
         with self._lock:
             return self._table.at(moffset, length)
+
+    def view(self, one: Range, start: int, length: int) -> memoryview | None:
+        """Return a read-only view of a mapped range, without a copy.
+
+        It shows the file as it is whenever it is looked at; zeros behind its end, and once the
+        range is for something else.
+
+        Args:
+            one: The range, ready.
+            start: Bytes from its beginning.
+            length: Bytes, inside it.
+
+        Returns:
+            None where the file cannot be mapped into memory.
+        """
+        try:
+            with self._lock:
+                if self._memory is None:
+                    self._memory = WindowMemory(self.size)
+                memory = self._memory
+                if one.shown != (self.generation, memory.tears):
+                    self._show(memory, one)
+        except OSError as error:
+            log.debug("%s cannot be mapped into memory: %s", one, error)
+            return None
+        return memory.view(one.moffset + start, length)
+
+    def _show(self, memory: WindowMemory, one: Range) -> None:
+        found = self._table.at(one.moffset, self.range_size)
+        if found is None:
+            raise OSError(errno.ENOENT, "nothing is mapped")
+        mark = self.generation, memory.tears
+        foffset = found.foffset + one.moffset - found.moffset
+        memory.map(one.moffset, self.range_size, found.file.fd, foffset)
+        one.shown = mark
 
     def descriptor(self, moffset: int, *, write: bool) -> int | None:
         """Return a new descriptor of the file that is mapped at ``moffset``; the caller owns it.
