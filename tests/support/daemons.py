@@ -240,7 +240,9 @@ def _is_up(daemon: Daemon) -> bool:
             f"the {daemon.kind} daemon ended at once with status {daemon.process.returncode}:\n"
             f"{daemon.stderr}"
         )
-    return _is_listening(daemon.socket)
+    # The bundled one listens before it has opened what it shares, and says when it has.
+    said = daemon.kind != "bundled" or "listening on" in daemon.stderr
+    return said and _is_listening(daemon.socket)
 
 
 def _is_listening(socket: Path) -> bool:
