@@ -82,7 +82,7 @@ Also:
   --dax SIZE|off            DAX window to offer: 2M to 64T in steps of 2M (default: 1G)
   --request-queues N        request queues of the device (default: 1)
   --poll-us N               longest look at a guest's queues before sleeping (default: 50)
-  --once                    exit when the first guest has left
+  --once                    take one guest only, and exit when it has left
   --sandbox auto            namespace where the host lets us, else none
 """
 
