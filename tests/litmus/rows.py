@@ -200,6 +200,10 @@ def xattr(folder: Path, _: int) -> bytes:
     return os.getxattr(folder / "x", "user.mark")
 
 
+def new_xattr(folder: Path, _: int) -> bytes:
+    return os.getxattr(folder / "x", "user.new")
+
+
 def target(folder: Path, _: int) -> str:
     return os.readlink(folder / "x")
 
@@ -249,6 +253,8 @@ ROWS = [
     Row("utimens", "mtime", a_file, lambda folder: os.utime(folder / "x", (1, 2)), mtime, *KEPT),
     Row("set an extended attribute", "its value", a_file,
         lambda folder: os.setxattr(folder / "x", "user.mark", b"new"), xattr, NOW, NOW, NOW),
+    Row("set a new extended attribute", "its value", a_file,
+        lambda folder: os.setxattr(folder / "x", "user.new", b"new"), new_xattr, *KEPT),
     Row("mkdir", "exists", nothing, a_folder, exists, *KEPT),
     Row("rmdir", "exists", a_folder, lambda folder: (folder / "x").rmdir(), exists, *KEPT),
     Row("replace a symbolic link", "its target", a_symlink, replace_symlink, target, *KEPT),

@@ -116,6 +116,15 @@ def list_long(folder: int) -> None:
         os.close(fd)
 
 
+def list_acls(folder: int) -> None:
+    """What ``ls -l`` does, with what it asks for: ACLs and labels that are not there."""
+    list_long(folder)
+    for number in range(100):
+        for name in ("user.acl", "security.other"):
+            with pytest.raises(OSError, match="No data available"):
+                os.getxattr(f"/proc/self/fd/{folder}/d/entry-{number:04}", name)
+
+
 def read_all(folder: int) -> None:
     fd = os.open("file", os.O_RDONLY, dir_fd=folder)
     try:
@@ -151,6 +160,10 @@ PROOFS = [
         "auto": [at_most(40, *ASKS, *LISTS, *HANDLES), at_most(2, *ASKS), at_most(0, "READDIR")],
         "always": [at_most(0, *LISTS), at_most(1, *ASKS)],
     }),
+    Proof("list-1000-acls", make_entries, list_acls, {
+        "auto": [at_most(2, *ASKS), at_most(1, "GETXATTR")],
+        "always": [at_most(0, *LISTS, "GETXATTR"), at_most(1, *ASKS)],
+    }, again=MODES),
     Proof("read-again", make_file(MIB), read_all, {
         "none": [at_least(1, "READ")],
         "auto": [at_most(0, "READ")],

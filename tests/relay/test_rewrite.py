@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from vfsmount.cache.policy import CachePolicy
 from vfsmount.client.relay_init import flags_to_withdraw, init_answer
 from vfsmount.client.relay_memory import (
-    CapabilityMemory,
     SetIdMemory,
-    asks_for_capability,
     wants_set_id_cleared,
 )
 from vfsmount.client.relay_rewrite import negative_entry, reply_rewriters
@@ -286,46 +284,6 @@ def test_negative_entry() -> None:
     assert body is not None
     entry = fuse.ENTRY_OUT.unpack(body)
     assert (entry.nodeid, entry.entry_valid, entry.entry_valid_nsec) == (0, 1, 500_000_000)
-
-
-# --- security.capability ---
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [(b"security.capability", True), (b"security.capabilit", False), (b"user.x", False)],
-)
-def test_asks_for_capability(name: bytes, expected: bool) -> None:
-    message = fuse.encode_request(
-        Opcode.GETXATTR, 2, 42, fuse.GETXATTR_IN.values(20) + name + b"\0"
-    )
-
-    assert asks_for_capability(memory_with(message), AT, len(message)) is expected
-
-
-def test_absence_of_a_capability_is_remembered_for_a_while() -> None:
-    memory = CapabilityMemory(1.5)
-    memory.note_absent(42, 10.0)
-
-    assert memory.is_absent(42, 11.4)
-    assert not memory.is_absent(43, 11.4)
-    assert not memory.is_absent(42, 11.5)
-    assert len(memory) == 0
-
-
-def test_absence_is_forgotten_when_something_changes() -> None:
-    memory = CapabilityMemory(1e9)
-    memory.note_absent(42, 10.0)
-    memory.drop(42)
-
-    assert not memory.is_absent(42, 10.0)
-
-
-def test_nothing_is_remembered_where_attributes_are_never_valid() -> None:
-    memory = CapabilityMemory(0.0)
-    memory.note_absent(42, 10.0)
-
-    assert len(memory) == 0
 
 
 # --- set-id bits ---

@@ -43,7 +43,6 @@ class Node:
         lower: Lookups that we have yet to forget at the daemon.
         mode: As last seen; for set-id bits.
         gid: As last seen; for the group of what is made in a directory.
-        no_capability_until: Until then (clock seconds) the node has no ``security.capability``.
         parked: Attributes for the kernel's next question, when they were asked for (clock seconds),
             and how many changes there had been; old after the next one.
     """
@@ -53,7 +52,6 @@ class Node:
         "inode",
         "lower",
         "mode",
-        "no_capability_until",
         "nodeid",
         "parked",
         "upper",
@@ -66,7 +64,6 @@ class Node:
         self.lower = 0
         self.mode = 0
         self.gid = 0
-        self.no_capability_until = 0.0
         self.parked: tuple[Attr, float, int] | None = None
 
     def __repr__(self) -> str:

@@ -29,6 +29,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 
 from vfsmount.cache.freshness import NOTHING_KNOWN, Freshness, signature_of
+from vfsmount.cache.xattrs import AbsentXattrs
 from vfsmount.client.listings import KeptListings, dot_line, read_dot_line
 from vfsmount.client.nodes import NodeTable
 from vfsmount.client.session import setattr_in
@@ -196,6 +197,7 @@ class VirtioFsOperations(pyfuse3.Operations):
         self._session = session
         self._policy = policy
         self._fresh = Freshness()
+        self._absent_xattrs = AbsentXattrs(policy.attr_timeout)
         self._listings = (
             KeptListings(policy, self.nodes, self._release_node) if policy.dir_timeout else None
         )
@@ -237,6 +239,7 @@ class VirtioFsOperations(pyfuse3.Operations):
     def _give_back(self, owed: list[tuple[int, int]]) -> None:
         for nodeid, nlookup in owed:
             self._fresh.forget(nodeid)
+            self._absent_xattrs.forget(nodeid)
             if self._listings is not None:
                 self._listings.gone(nodeid)
             self._session.forget(nodeid, nlookup)
@@ -408,10 +411,10 @@ class VirtioFsOperations(pyfuse3.Operations):
         """One extended attribute, whole: pyfuse3 does the sizes.
 
         The kernel asks for security.capability before every write. "There is none" is remembered
-        as long as attributes are.
+        as long as attributes are, of any name.
         """
-        node = self.nodes[inode]
-        if name == _CAPABILITY and time.monotonic() < node.no_capability_until:
+        node, asked, changes = self.nodes[inode], time.monotonic(), self._absent_xattrs.changes
+        if self._absent_xattrs.is_absent(node.nodeid, name, asked):
             raise FUSEError(errno.ENODATA)
         if name == _CAPABILITY and self._session.dax is not None:
             value = self._session.dax.xattr(node.nodeid, name)
@@ -420,16 +423,19 @@ class VirtioFsOperations(pyfuse3.Operations):
         try:
             return await self._session.getxattr(node.nodeid, name, caller=ctx)
         except RemoteErrno as error:
-            if name == _CAPABILITY and error.errno == errno.ENODATA:
-                node.no_capability_until = time.monotonic() + self._policy.attr_timeout
+            if error.errno == errno.ENODATA:
+                self._absent_xattrs.note_absent(node.nodeid, name, asked, changes)
             raise
 
     @_handler
     async def setxattr(self, inode: InodeT, name: bytes, value: bytes, ctx: RequestContext) -> None:
         """Set an extended attribute. pyfuse3 keeps XATTR_CREATE and XATTR_REPLACE to itself."""
         node = self.nodes[inode]
-        node.no_capability_until = 0.0
-        await self._session.setxattr(node.nodeid, name, value, caller=ctx)
+        self._absent_xattrs.changed(node.nodeid)
+        try:
+            await self._session.setxattr(node.nodeid, name, value, caller=ctx)
+        finally:
+            self._absent_xattrs.changed(node.nodeid)
 
     @_handler
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> list[bytes]:

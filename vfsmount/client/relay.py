@@ -171,9 +171,7 @@ class Relay:
             heeds_interrupts=heeds_interrupts,
         )
         self._late = rules.late = LateReplies(loan, self._kernel, self._device, rules.forget)
-        self._answers = Answers(
-            loan, policy, self._kernel, self._opens, self._late, rules.capabilities
-        )
+        self._answers = Answers(loan, policy, self._kernel, self._opens, self._late, rules.absent)
         modes = None if clears_set_id else rules.modes
         no_flush = quiet_flush and not keeps_locks
         rewriters = reply_rewriters(policy, modes, self._opens.fresh, no_flush=no_flush)

@@ -13,7 +13,6 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.channel.statistics import OpcodeCounter
-from vfsmount.client.relay_memory import CapabilityMemory
 from vfsmount.client.relay_opens import invalidation
 from vfsmount.client.relay_rewrite import ShortWriteBack, negative_entry
 from vfsmount.wire import fuse
@@ -21,6 +20,7 @@ from vfsmount.wire.fuse import Opcode
 
 if TYPE_CHECKING:
     from vfsmount.cache.policy import CachePolicy
+    from vfsmount.cache.xattrs import AbsentXattrs
     from vfsmount.channel.loan import Loan
     from vfsmount.client.relay_kernel import KernelPort
     from vfsmount.client.relay_late import LateReplies
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _OUT: Final = fuse.OUT_HEADER.size
 _LOOKUP: Final = int(Opcode.LOOKUP)
+_GETXATTR: Final = int(Opcode.GETXATTR)
 
 
 class Answers:
@@ -44,7 +45,7 @@ class Answers:
         kernel: Takes the answers.
         opens: Judges OPENs.
         late: Undoes what the kernel would not take.
-        capabilities: Is told of files without.
+        absent: Is told of extended attributes that there are none of.
 
     Attributes:
         counted_ns: When the last reply was counted, ``perf_counter_ns``.
@@ -52,7 +53,7 @@ class Answers:
     """
 
     __slots__ = (
-        "_capabilities",
+        "_absent",
         "_counters",
         "_kernel",
         "_late",
@@ -72,7 +73,7 @@ class Answers:
         kernel: KernelPort,
         opens: OpenChecks,
         late: LateReplies,
-        capabilities: CapabilityMemory,
+        absent: AbsentXattrs,
     ) -> None:
         self.counted_ns = 0
         self.refused = 0
@@ -83,7 +84,7 @@ class Answers:
         self._write = kernel.write
         self._opens = opens
         self._late = late
-        self._capabilities = capabilities
+        self._absent = absent
         self._negative = negative_entry(policy)
 
     def answer(self, slot: Slot) -> None:
@@ -154,10 +155,9 @@ class Answers:
         if number == errno.ENOENT and slot.opcode == _LOOKUP and self._negative is not None:
             self._kernel.answer_body(slot.answers, self._negative)
             return
-        if slot.is_capability:
-            slot.is_capability = False
-            if number == CapabilityMemory.errno:
-                self._capabilities.note_absent(slot.nodeid, slot.started_ns / 1e9)
+        if number == errno.ENODATA and slot.opcode == _GETXATTR and slot.xattr is not None:
+            name, changes = slot.xattr
+            self._absent.note_absent(slot.nodeid, name, slot.started_ns / 1e9, changes)
         self._kernel.answer(slot.answers, number)
 
     def _refused(self, slot: Slot, error: OSError) -> None:

@@ -5,7 +5,6 @@ Entries go when the kernel forgets the node, so there are never more of them tha
 
 from __future__ import annotations
 
-import errno
 import stat
 import struct
 from typing import TYPE_CHECKING, Final
@@ -15,7 +14,7 @@ from vfsmount.wire import fuse
 if TYPE_CHECKING:
     import mmap
 
-__all__ = ["CapabilityMemory", "SetIdMemory", "asks_for_capability", "wants_set_id_cleared"]
+__all__ = ["SetIdMemory", "wants_set_id_cleared"]
 
 _IN: Final = fuse.IN_HEADER.size
 _U32: Final = struct.Struct("<I")
@@ -69,62 +68,3 @@ class SetIdMemory:
         if kept & stat.S_IXGRP:  # without, sgid means mandatory locking and stays
             kept &= ~stat.S_ISGID
         return stat.S_IMODE(kept) if kept != mode else None
-
-
-# --- security.capability -------------------------------------------------------------------------
-
-_CAPABILITY: Final = b"security.capability\0"
-_XATTR_NAME_AT: Final = _IN + fuse.GETXATTR_IN.size
-
-
-def asks_for_capability(memory: mmap.mmap, at: int, size: int) -> bool:
-    """Whether the GETXATTR of ``size`` bytes at ``at`` is about ``security.capability``."""
-    return (
-        size == _XATTR_NAME_AT + len(_CAPABILITY)
-        and memory[at + _XATTR_NAME_AT : at + size] == _CAPABILITY
-    )
-
-
-class CapabilityMemory:
-    """Which nodes are known to have no ``security.capability``, and until when.
-
-    Without HANDLE_KILLPRIV_V2 the kernel asks before each write: a write of 4 KiB took 101 us, and
-    41 with this. An answer holds as long as attributes do. No entry outlives the kernel's knowledge
-    of its node, so there are never more of them than nodes.
-
-    Args:
-        seconds: How long attributes are valid; 0 remembers nothing.
-    """
-
-    __slots__ = ("_seconds", "_until")
-
-    #: What the kernel is told.
-    errno = errno.ENODATA
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._until: dict[int, float] = {}
-
-    def __len__(self) -> int:
-        """Nodes that are remembered, expired ones included."""
-        return len(self._until)
-
-    def is_absent(self, nodeid: int, now: float) -> bool:
-        """Whether the node is known to have none at ``now`` seconds."""
-        until = self._until.get(nodeid)
-        if until is None:
-            return False
-        if now < until:
-            return True
-        del self._until[nodeid]
-        return False
-
-    def note_absent(self, nodeid: int, now: float) -> None:
-        """The daemon has said so, to a question that was asked at ``now`` seconds."""
-        if self._seconds:
-            self._until[nodeid] = now + self._seconds
-
-    def drop(self, nodeid: int) -> None:
-        """An attribute of the node is being changed, or the node is forgotten."""
-        if self._until:
-            self._until.pop(nodeid, None)

@@ -10,16 +10,16 @@ Most opcodes have neither. Each returns whether that is all.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
+from vfsmount.cache.xattrs import AbsentXattrs
 from vfsmount.channel.inflight import POSTED, SENT, Pending
 from vfsmount.client.relay_memory import (
-    CapabilityMemory,
     SetIdMemory,
-    asks_for_capability,
     wants_set_id_cleared,
 )
 from vfsmount.client.relay_opens import CHANGES
@@ -31,6 +31,7 @@ from vfsmount.wire import fuse
 from vfsmount.wire.fuse import LockType, Opcode
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Callable
     from typing import TypeAlias
 
@@ -51,6 +52,7 @@ __all__ = ["RequestRules", "Route", "make_routes"]
 
 _EIO: Final = 5
 _IN: Final = fuse.IN_HEADER.size
+_XATTR_NAME_AT: Final = _IN + fuse.GETXATTR_IN.size
 _PUT_U32: Final = struct.Struct("<I").pack_into
 _U32: Final = struct.Struct("<I").unpack_from
 _U64: Final = struct.Struct("<Q").unpack_from
@@ -118,6 +120,8 @@ def make_routes(
         routes[opcode].special = handler
     for opcode, rewriter in rewriters.items():
         routes[opcode].rewrite = rewriter
+    for opcode in (Opcode.SETXATTR, Opcode.REMOVEXATTR):
+        routes[opcode].rewrite = rules.xattr_changed
     for opcode in CHANGES if checks_opens else ():
         routes[opcode].changes = True
     return routes
@@ -139,7 +143,7 @@ class RequestRules:
 
     Attributes:
         modes: Files with set-id bits.
-        capabilities: Files without capabilities.
+        absent: Extended attributes that files do not have.
     """
 
     def __init__(
@@ -154,7 +158,7 @@ class RequestRules:
         heeds_interrupts: bool,
     ) -> None:
         self.modes = SetIdMemory()
-        self.capabilities = CapabilityMemory(policy.attr_timeout)
+        self.absent = AbsentXattrs(policy.attr_timeout)
         self.late: LateReplies
         self._map = loan.memory.map
         self._queue = loan.requests
@@ -210,7 +214,7 @@ class RequestRules:
 
     def forget(self, nodeid: int, nlookup: int) -> None:
         """References to a node are given back; so is what is known of it."""
-        self.capabilities.drop(nodeid)
+        self.absent.forget(nodeid)
         self.modes.drop(nodeid)
         self._locked.discard(nodeid)
         self._opens.forget(nodeid)
@@ -317,15 +321,22 @@ class RequestRules:
         return True
 
     def _getxattr(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
-        slot.is_capability = asks_for_capability(self._map, at, size)
-        if slot.is_capability and self.capabilities.is_absent(nodeid, perf_counter_ns() / 1e9):
-            self._kernel.answer(slot.answers, CapabilityMemory.errno)
+        name = self._map[at + _XATTR_NAME_AT : at + size - 1]  # a NUL follows
+        if self.absent.is_absent(nodeid, name, perf_counter_ns() / 1e9):
+            self._kernel.answer(slot.answers, errno.ENODATA)
             return True
+        slot.xattr = name, self.absent.changes
         return False
 
     def _xattr_change(self, _slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
-        self.capabilities.drop(nodeid)
+        self.absent.changed(nodeid)
         return False
+
+    def xattr_changed(
+        self, _memory: mmap.mmap, _at: int, _length: int, nodeid: int, _request: int
+    ) -> None:
+        """As a rewriter: a change is through."""
+        self.absent.changed(nodeid)
 
     # --- locks ---
 

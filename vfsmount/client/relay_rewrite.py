@@ -17,8 +17,8 @@ the complete list of exceptions:
 * An unlock that may wait (SETLKW) becomes one that may not (SETLK).
 * CREATE goes without O_CREAT, which it implies: virtiofsd (C) would pass it to openat(2) without a
   mode, and abort, when the file exists already, as it may while the kernel remembers its absence.
-* ``security.capability``, for which the kernel asks before each write, is answered from memory once
-  it is known to be absent (``relay_memory``).
+* Extended attributes that are known to be absent are answered from memory (``cache.xattrs``), above
+  all ``security.capability``, for which the kernel asks before each write.
 
 The room for each reply follows from the request (``relay_rooms``). Rewriters get shared memory
 that the daemon can still write to. They only ever store the policy's own values at offsets that lie

@@ -55,7 +55,7 @@ class Slot(Pending):
         head: The descriptor reserved for it, or -1.
         view: What the device is read into.
         touched: Offset behind the last byte used since the last trim.
-        is_capability: The request is a GETXATTR of security.capability.
+        xattr: Name that a GETXATTR asks for, and how many changes there had been; else None.
         answers: ``unique`` that the kernel waits for; another than the device's only for a wait
             for a lock that was interrupted and asked for again.
         check: What an OPEN has to know besides its reply; None for anything else.
@@ -72,7 +72,6 @@ class Slot(Pending):
         "check",
         "end",
         "head",
-        "is_capability",
         "route",
         "size",
         "small",
@@ -82,6 +81,7 @@ class Slot(Pending):
         "wide",
         "wide_at",
         "wide_length",
+        "xattr",
     )
 
     def __init__(self, base: int, size: int, view: memoryview, head: int) -> None:
@@ -94,7 +94,7 @@ class Slot(Pending):
         self.view = view
         self.head = head
         self.touched = 0
-        self.is_capability = False
+        self.xattr: tuple[bytes, int] | None = None
         self.check: OpenCheck | None = None
         self.size = 0
         self.answers = 0
