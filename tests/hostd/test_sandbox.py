@@ -416,6 +416,20 @@ def test_a_host_without_namespaces(home: Path) -> None:
 # --- systemd -------------------------------------------------------------------------------------
 
 
+def test_syslog_from_inside(home: Path) -> None:
+    if os.path.lexists("/dev/log"):
+        pytest.skip("there is a syslog here")
+    assert "cannot log to syslog" in failure(home, "--syslog")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
+        syslog.bind("/dev/log")
+        syslog.settimeout(DEADLINE)
+        try:
+            with daemon(home, "--syslog", "--log-level=info") as running, running.guest():
+                assert b"guest 1 connected" in syslog.recv(1000)
+        finally:
+            os.unlink("/dev/log")
+
+
 def test_socket_activation(home: Path) -> None:
     code = (
         "import os, sys\n"

@@ -45,7 +45,7 @@ CASES: dict[str, tuple[dict[bytes, bytes | int], dict[bytes, bytes | None]]] = {
         {b"security.selinux": errno.EOPNOTSUPP, b"security.other": b"security.other"},
         {b"security.selinux": None, b"security.other": b"security.other"},
     ),
-    ":ok:client:user.:: :bad:server::security.: :ok:server:::": (
+    ":ok:client:user.:: :bad:client::: :bad:server::security.: :ok:server:::": (
         {b"user.a": b"user.a", b"trusted.a": errno.EPERM},
         {b"security.a": None, b"trusted.a": b"trusted.a"},
     ),
@@ -70,8 +70,10 @@ def test_rules(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "no rule"),
-        (" \n", "no rule"),
+        ("", "no rule for all other client names"),
+        (" \n", "no rule for all other client names"),
+        (":ok:client:::", "no rule for all other server names"),
+        (":ok:server::: :bad:client:user.::", "no rule for all other client names"),
         (":map:a", "ends too early"),
         (":ok:all::", "ends too early"),
         (":okay:all:::", "'okay' is none of map, prefix, ok"),

@@ -13,7 +13,7 @@ import resource
 import signal
 import sys
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vfsmount.errors import ExitCode, UsageError, VfsmountError
 from vfsmount.hostd import sandbox, seccomp
@@ -171,7 +171,8 @@ def _start_log(arguments: Arguments) -> None:
     from logging.handlers import SysLogHandler  # with what it loads, for those who want it
 
     try:
-        handler = SysLogHandler("/dev/log", SysLogHandler.LOG_DAEMON)
+        handler: Any = SysLogHandler("/dev/log", SysLogHandler.LOG_DAEMON)
+        handler.socket.getpeername()  # it says nothing itself where nobody listens
     except OSError as error:
         raise UsageError(f"cannot log to syslog: {error.strerror}", "leave --syslog out") from None
     logging.basicConfig(level=arguments.log_level, format=form, handlers=[handler])

@@ -11,7 +11,7 @@ for the colon, and white space may stand between rules:
   with EOPNOTSUPP.
 * ``:map:KEY:PREPEND:``, the last rule, prefixes what begins with KEY and bars all ways around that.
 
-A name that no rule matches is refused and hidden.
+Some rule must match every name, in each direction.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def parse_xattr_map(text: str) -> XattrMap:
     """Read the value of ``--xattrmap``.
 
     Raises:
-        ValueError: It is empty, or no list of rules.
+        ValueError: It is no list of rules, or leaves names to none of them.
     """
     rules: list[_Rule] = []
     rest = text.lstrip()
@@ -104,8 +104,12 @@ def parse_xattr_map(text: str) -> XattrMap:
             if scope not in _SCOPES:
                 raise ValueError(f"{scope!r} is none of {', '.join(_SCOPES)}")
             rules.append(_Rule(kind, scope, os.fsencode(key), os.fsencode(prepend)))
-    if not rules:
-        raise ValueError("no rule")
+    for scope, texts in (
+        ("client", [rule.key for rule in rules if rule.scope != "server"]),
+        ("server", [rule.prepend for rule in rules if rule.scope != "client"]),
+    ):
+        if b"" not in texts:
+            raise ValueError(f"no rule for all other {scope} names: end with :ok:all:::")
     return XattrMap(rules)
 
 
