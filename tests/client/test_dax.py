@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -275,13 +276,15 @@ async def test_more_files_than_the_window_holds(daemon: Daemon, folder: Path) ->
 async def test_a_working_set_that_exceeds_the_window_is_bypassed(
     daemon: Daemon, folder: Path
 ) -> None:
-    (folder / "file").write_bytes(bytes(32 * MIB))
+    content = os.urandom(32 * MIB)
+    (folder / "file").write_bytes(content)
     async with session(daemon) as (guest, dax):
         entry = await guest.lookup(1, b"file")
         opened = await guest.open(entry.nodeid, os.O_RDONLY)
         for at in range(8000):
             offset = at * 7919 * 4096 % (32 * MIB)
-            assert await guest.read(entry.nodeid, opened.fh, offset, 4096) == bytes(4096)
+            data = await guest.read(entry.nodeid, opened.fh, offset, 4096)
+            assert data == content[offset : offset + 4096]
         found = dax.statistics()
         assert found.mapped_ranges >= 3  # one may be on its way
         assert found.hits + found.misses == 8000
@@ -313,6 +316,44 @@ async def test_views_without_a_copy(daemon: Daemon, folder: Path) -> None:
         assert view == bytes(MIB)
         assert bytes(await read(file.nodeid, file.fh, 4096, 4)) == b"seen"
         assert file.sent == 1
+
+
+async def test_random_accesses_of_more_files_than_fit(daemon: Daemon, folder: Path) -> None:
+    """Compared with the host after each step, while it changes the files, too."""
+    numbers = random.Random(2)
+    size = 3 * MIB
+    async with session(daemon, 6 * MIB) as (guest, dax):
+        files = []
+        for at in range(4):
+            (folder / f"file{at}").write_bytes(numbers.randbytes(size))
+            entry = await guest.lookup(1, b"file%d" % at)
+            opened = await guest.open(entry.nodeid, os.O_RDWR)
+            files.append((entry.nodeid, opened.fh, os.open(folder / f"file{at}", os.O_RDWR)))
+        for _ in range(3000):
+            nodeid, fh, host = numbers.choice(files)
+            offset, length = numbers.randrange(size), numbers.randrange(1, 9000)
+            match numbers.randrange(12):
+                case 0:
+                    os.truncate(host, offset)
+                case 1:
+                    os.pwrite(host, numbers.randbytes(length), offset)
+                case 2:
+                    await dax.map(nodeid, offset, length, write=numbers.random() < 0.5)
+                case step if step < 8:
+                    expected = os.pread(host, length, offset)
+                    assert await guest.read(nodeid, fh, offset, length) == expected
+                case _:
+                    data = numbers.randbytes(length)
+                    assert await guest.write(nodeid, fh, offset, data) == length
+                    assert os.pread(host, length, offset) == data
+        assert guest.window is not None
+        guest.window.check_invariants()
+        found = dax.statistics()
+        assert min(found.hits, found.misses, found.reclaims, found.set_ups) > 50
+        for nodeid, fh, host in files:
+            os.close(host)
+            await guest.release(nodeid, fh)
+            guest.forget(nodeid)
 
 
 async def test_synced_to_the_host(daemon: Daemon, folder: Path) -> None:

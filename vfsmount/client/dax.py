@@ -168,9 +168,11 @@ class Dax:
         if file is None:
             return None
         try:
-            return os.pread(file.fd, size, offset)
+            data = os.pread(file.fd, size, offset)
         except OSError:  # the daemon's answer will tell why
             return None
+        self._hit(nodeid)
+        return data
 
     def view(self, nodeid: int, fh: int, offset: int, size: int) -> memoryview | None:
         """As ``read``, without a copy, for what lies in one range; see ``Window.view``."""
@@ -182,7 +184,10 @@ class Dax:
         if file is None or one is None:
             return None
         left = os.fstat(file.fd).st_size - offset
-        return self._window.view(one, start, min(size, max(left, 0)))
+        found = self._window.view(one, start, min(size, max(left, 0)))
+        if found is not None:
+            self._hit(nodeid)
+        return found
 
     def _may_read(self, nodeid: int, fh: int) -> bool:
         handle = self._handles.get(fh)
@@ -205,14 +210,20 @@ class Dax:
         if offset + size > now.st_size or now.st_mode & _SET_ID:
             return None
         try:
-            return os.pwrite(file.fd, data, offset)
+            done = os.pwrite(file.fd, data, offset)
         except OSError:
             return None
+        self._hit(nodeid)
+        return done
 
     async def give_way(self) -> None:
-        """Let other tasks live, once in a while: to be called after each access."""
+        """Let other tasks live: once in a while, and while something is being set up.
+
+        To be called after each access: neither this nor a request that finds its reply at once
+        would otherwise let a set-up begin.
+        """
         self._turns += 1
-        if self._turns >= _FAIRNESS:
+        if self._turns >= _FAIRNESS or self._on_the_way:
             self._turns = 0
             await trio.lowlevel.checkpoint()
 
@@ -246,9 +257,11 @@ class Dax:
                 self._missed(nodeid, index, size, write)
                 return None
             file = one.file
+        return file
+
+    def _hit(self, nodeid: int) -> None:
         self._hits += 1
         self._benefit.hit(nodeid)
-        return file
 
     def _is_usable(self, one: Range, write: bool) -> bool:
         if not one.ready or (write and not one.writable):

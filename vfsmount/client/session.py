@@ -539,8 +539,8 @@ class Session:
         """READ: up to ``size`` bytes (at most ``facts.max_read``); fewer only at the end."""
         if self.dax is not None:
             data = self.dax.read(nodeid, fh, offset, size)
+            await self.dax.give_way()
             if data is not None:
-                await self.dax.give_way()
                 return data
         body = fuse.READ_IN.values(fh, offset, size, 0, 0, 0)
         return await self._send(Opcode.READ, nodeid, body, size, caller)
@@ -555,8 +555,8 @@ class Session:
         """
         if self.dax is not None:
             data = self.dax.read(nodeid, fh, offset, size)
+            await self.dax.give_way()
             if data is not None:
-                await self.dax.give_way()
                 return memoryview(data)
         who = caller or self._self
         return await self.channel.request_view(
@@ -602,8 +602,8 @@ class Session:
         """
         if self.dax is not None:
             done = self.dax.write(nodeid, fh, offset, data)
+            await self.dax.give_way()
             if done is not None:
-                await self.dax.give_way()
                 return done
         size = memoryview(data).nbytes
         body = fuse.WRITE_IN.values(fh, offset, size, write_flags, 0, flags)
