@@ -161,8 +161,6 @@ BARS: tuple[Bar, ...] = (
     Bar("uncached", RELAY, FIRST_READ.name, 300),
     Bar("uncached", RELAY, RSS_IDLE.name, 40),
     Bar("uncached", RELAY, RSS_CROWD.name, 45),
-    # 400 MiB for a million names: a tenth of what they may add, on top of an idle process.
-    Bar("uncached", PYFUSE3, RSS_CROWD.name, 80),
     Bar("dax", f"{PYFUSE3_BUNDLED}-dax", "read_4k", 0.85, f"{PYFUSE3_BUNDLED}-off"),
     # A window of a quarter of the file: 0.9 times the speed.
     Bar("dax", f"{PYFUSE3_BUNDLED}-narrow", "read_4k", 1 / 0.9, f"{PYFUSE3_BUNDLED}-off"),

@@ -144,7 +144,7 @@ def _vfsmount(kind: str, engine: str = "auto", dax: str = "off", mark: str = "")
         name, what = f"{name}-{engine}", f"{what}, {engine} engine"
     if mark:
         name, what = f"{name}-{mark}", f"{what}, --dax {dax}"
-    return Subject(name, what, prepare, command, churn=True, crowd=kind == "rust")
+    return Subject(name, what, prepare, command, churn=True, crowd=name == "vfsmount-rust")
 
 
 SUBJECTS: dict[str, Subject] = {
