@@ -105,7 +105,8 @@ def arguments(kind: str, cache: str) -> list[str]:
     if kind != "bundled":
         return []
     mode = ["--cache", "auto", "--writeback"] if cache == "writeback" else ["--cache", cache]
-    return [*mode, "--request-queues", str(QUEUES)]
+    # In its sandbox, where the machine allows one: what a guest needs must work there.
+    return [*mode, "--request-queues", str(QUEUES), "--sandbox", "auto"]
 
 
 @contextmanager
@@ -294,7 +295,8 @@ def test_every_request_queue_is_used(guest: Guest) -> None:
 
 def test_the_daemon_has_nothing_to_complain_about(guest: Guest) -> None:
     if guest.kind == "bundled":
-        assert not [line for line in guest.log.splitlines() if "INFO" not in line][1:]
+        lines = guest.log.splitlines()[1:]
+        assert not [line for line in lines if "going on without" not in line]
 
 
 # --- a machine that is disturbed -----------------------------------------------------------------
