@@ -217,7 +217,7 @@ class Relay:
         for slot in self._device.in_flight():
             slot.state = ABANDONED
             slot.block = self._loan.arena.allocate(1)
-        for watch in (self._all, self._replies):
+        for watch in (self._all, self._replies, self._kernel):
             watch.close()
         self._pool.close()
         self.ended = True
@@ -232,7 +232,7 @@ class Relay:
         """The loop, while there is a daemon."""
         ring, yield_cpu, now_ns = self._queue.ring, os.sched_yield, perf_counter_ns
         has_used, collect, read, loan = ring.has_used, self._collect, self._read, self._loan
-        orders, device = self._orders, self._device
+        orders, device, look = self._orders, self._device, self._kernel.look
         found = False
         since = 0  # when the present search for something to do began; 0 while there is some
         while not orders.given:
@@ -240,7 +240,8 @@ class Relay:
                 collect()
                 since = 0
             try:
-                found = read()
+                # A read in vain costs 1.0 us, because it makes an exception; a look 0.3.
+                found = (not since or bool(look(0, 1))) and read()
             except OSError as error:
                 if error.errno in ENDED:
                     return

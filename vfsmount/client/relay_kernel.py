@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
 import struct
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
@@ -37,16 +38,24 @@ class KernelPort:
     Attributes:
         readinto: Reads a request into memory; returns its bytes, None when there is none.
         write: Writes one message, whole.
+        look: With 0 and 1 as arguments, returns whether there is something to read; a list.
     """
 
-    __slots__ = ("_file", "_header", "readinto", "write")
+    __slots__ = ("_file", "_header", "_watch", "look", "readinto", "write")
 
     def __init__(self, device: int) -> None:
         os.set_blocking(device, False)
         self._file = io.FileIO(device, "r+", closefd=False)
         self.readinto: Callable[[memoryview], int | None] = self._file.readinto
         self.write: Callable[[Buffer], int | None] = self._file.write
+        self._watch = select.epoll(flags=select.EPOLL_CLOEXEC)
+        self._watch.register(device, select.EPOLLIN)
+        self.look = self._watch.poll
         self._header = bytearray(_OUT)
+
+    def close(self) -> None:
+        """Let go of the device."""
+        self._watch.close()
 
     def answer(self, unique: int, number: int = 0) -> None:
         """Answer a request with a positive errno, or with 0 and no body."""
