@@ -356,6 +356,18 @@ async def test_random_accesses_of_more_files_than_fit(daemon: Daemon, folder: Pa
             guest.forget(nodeid)
 
 
+async def test_extended_attributes_under_other_names(daemon: Daemon, folder: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root sees all names")
+    async with mapped(daemon, b"a" * 100) as file:
+        lacks, name = file.dax.lacks_xattr, b"security.capability"
+        os.setxattr(folder / "file", "user.other", b"x")
+        assert lacks(file.nodeid, name)
+        assert not lacks(file.nodeid + 1, name)
+        os.setxattr(folder / "file", "trusted.virtiofs.security.capability", b"x")
+        assert not lacks(file.nodeid, name)
+
+
 async def test_synced_to_the_host(daemon: Daemon, folder: Path) -> None:
     async with mapped(daemon, bytes(100)) as file:
         await file.write(0, b"durable")

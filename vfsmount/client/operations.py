@@ -416,10 +416,9 @@ class VirtioFsOperations(pyfuse3.Operations):
         node, asked, changes = self.nodes[inode], time.monotonic(), self._absent_xattrs.changes
         if self._absent_xattrs.is_absent(node.nodeid, name, asked):
             raise FUSEError(errno.ENODATA)
-        if name == _CAPABILITY and self._session.dax is not None:
-            value = self._session.dax.xattr(node.nodeid, name)
-            if value is not None:
-                return value
+        dax = self._session.dax
+        if name == _CAPABILITY and dax is not None and dax.lacks_xattr(node.nodeid, name):
+            raise FUSEError(errno.ENODATA)
         try:
             return await self._session.getxattr(node.nodeid, name, caller=ctx)
         except RemoteErrno as error:
