@@ -114,8 +114,7 @@ OPERATIONS: dict[str, Operation] = {
 #: Run before the clock is of interest; the rest is measured in a steady state.
 FIRST = ("first_open", "first_create")
 #: So many files are looked up behind these, once: the table passes 4096, and with what the others
-#: touch, it stays below the
-#: next growth, at 8192.
+#: touch, it stays below the next growth, at 8192.
 WARM_UP = "warm_up"
 WARM_UP_FILES = 4200
 
