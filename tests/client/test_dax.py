@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+import trio.testing
 
 import vfsmount
 from tests.support.daemons import start_daemon
@@ -253,6 +254,24 @@ async def test_forgotten_files_are_let_go(daemon: Daemon, folder: Path) -> None:
             lambda: daemon.fd_count() == daemon_before, DEADLINE, "the daemon to forget"
         )
     assert len(os.listdir("/proc/self/fd")) == window_before
+
+
+async def test_forgotten_while_it_is_set_up(daemon: Daemon, folder: Path) -> None:
+    """By the time it is mapped the node's number may mean another file."""
+    (folder / "file").write_bytes(b"a")
+    async with session(daemon) as (guest, dax), trio.open_nursery() as nursery:
+        entry = await guest.lookup(1, b"file")
+        daemon.pause()
+        nursery.start_soon(dax.map, entry.nodeid, 0, 1)
+        await trio.testing.wait_all_tasks_blocked()
+        guest.forget(entry.nodeid)
+        daemon.resume()
+        window = guest.window
+        assert window is not None
+        await wait_until_async(
+            lambda: (dax.statistics().set_ups, window.mapped()) == (1, 0), DEADLINE, "its removal"
+        )
+        assert dax.statistics().mapped_ranges == 0
 
 
 async def test_more_files_than_the_window_holds(daemon: Daemon, folder: Path) -> None:

@@ -367,6 +367,8 @@ class Dax:
             if under_way is None:
                 return False
             await under_way.done.wait()
+            if under_way.forgotten:
+                return False
         one = self._ranges.find(nodeid, index)
         return one is not None and self._is_usable(one, write)
 
