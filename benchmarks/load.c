@@ -58,6 +58,7 @@ struct run {
 	char (*new_names)[32];
 	off_t *offsets;
 	char *buffer; /* 1 MiB */
+	volatile uint64_t *mapped; /* the data file, where it is mapped */
 	long units;   /* what came out of each call, summed (listings) */
 };
 
@@ -432,6 +433,30 @@ static void do_write_1m(struct run *run)
 	measure(run, step_write_mebibyte);
 }
 
+/* A thousand words of a shared mapping, each read and written, on pages that are there. */
+static void step_map_words(struct run *run, int i)
+{
+	uint64_t state = 88172645463325252u + (uint64_t)i;
+	uint64_t words = (uint64_t)run->pages * (PAGE / 8);
+
+	for (int word = 0; word < 1000; word++) {
+		state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+		run->mapped[state % words] += state;
+	}
+}
+
+static void do_map_8b(struct run *run)
+{
+	open_data(run, "write", O_RDWR);
+	run->mapped = mmap(NULL, (size_t)run->pages * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED,
+			   run->file, 0);
+	if (run->mapped == MAP_FAILED)
+		die(run, "map");
+	for (off_t page = 0; page < run->pages; page++)
+		run->mapped[page * (PAGE / 8)]++;
+	measure_repeatable(run, step_map_words);
+}
+
 /* ---- changes of the tree ---- */
 
 static void step_create(struct run *run, int i)
@@ -548,6 +573,7 @@ static const struct {
 	{ "write_4k", do_write_4k },
 	{ "read_1m", do_read_1m },
 	{ "write_1m", do_write_1m },
+	{ "map_8b", do_map_8b },
 	{ "create", do_create },
 	{ "rename", do_rename },
 	{ "unlink", do_unlink },

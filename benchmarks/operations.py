@@ -108,6 +108,7 @@ OPERATIONS: dict[str, Operation] = {
         _operation("write_4k", "write 4 KiB, random", 1000),
         _throughput("read_1m", "read 1 MiB, sequential", 64),
         _throughput("write_1m", "write 1 MiB, sequential", 64),
+        _operation("map_8b", "1,000 loads and stores of 8 bytes, mapped", 1000),
     )
 }
 

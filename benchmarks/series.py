@@ -70,9 +70,11 @@ class Bar:
 
 
 PYFUSE3_BUNDLED = "vfsmount-bundled-pyfuse3"
+RELAY_BUNDLED = "vfsmount-bundled-relay"
 
-#: Operations of the pinned tables: several processes mean something on several processors only.
-ALONE = tuple(name for name in OPERATIONS if name != "read_4k_many")
+#: Operations of the pinned tables: several processes mean something on several processors only, and
+#: pyfuse3 cannot map what the kernel must not keep.
+ALONE = tuple(name for name in OPERATIONS if name not in ("read_4k_many", "map_8b"))
 
 SERIES: dict[str, Series] = {
     series.name: series
@@ -112,6 +114,23 @@ SERIES: dict[str, Series] = {
             f"{PYFUSE3_BUNDLED}-off",
             ("native", *(f"{PYFUSE3_BUNDLED}-{mark}" for mark in ("off", "dax", "narrow"))),
             ("read_4k", "write_4k", "read_1m", "write_1m"),
+            churn=False,
+        ),
+        # The kernel reads, writes and maps by itself. Files have been opened before.
+        Series(
+            "passthrough",
+            "auto",
+            True,
+            "native",
+            ("native", f"{RELAY_BUNDLED}-off", f"{RELAY_BUNDLED}-dax"),
+            (
+                "open_read_close",
+                "read_4k",
+                "write_4k",
+                "read_1m",
+                "write_1m",
+                "map_8b",
+            ),
             churn=False,
         ),
         Series("trees", "auto", False, "passthrough_ll", SHOWN, TREE_ROWS, commands=True),
@@ -164,6 +183,12 @@ BARS: tuple[Bar, ...] = (
     Bar("dax", f"{PYFUSE3_BUNDLED}-dax", "read_4k", 0.85, f"{PYFUSE3_BUNDLED}-off"),
     # A window of a quarter of the file: 0.9 times the speed.
     Bar("dax", f"{PYFUSE3_BUNDLED}-narrow", "read_4k", 1 / 0.9, f"{PYFUSE3_BUNDLED}-off"),
+    Bar("passthrough", f"{RELAY_BUNDLED}-dax", "read_4k", 1.15, "native"),
+    Bar("passthrough", f"{RELAY_BUNDLED}-dax", "write_4k", 1.15, "native"),
+    Bar("passthrough", f"{RELAY_BUNDLED}-dax", "read_1m", 0.9, "native"),
+    Bar("passthrough", f"{RELAY_BUNDLED}-dax", "write_1m", 0.9, "native"),
+    Bar("passthrough", f"{RELAY_BUNDLED}-dax", "map_8b", 1.1, "native"),
+    Bar("passthrough", f"{RELAY_BUNDLED}-dax", "open_read_close", 1.3, f"{RELAY_BUNDLED}-off"),
     *(
         Bar("trees", RELAY, row, 1.15 if row.endswith("_warm") else 2.5, C_PEER)
         for row in TREE_ROWS

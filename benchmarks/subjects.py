@@ -184,6 +184,8 @@ SUBJECTS: dict[str, Subject] = {
         _vfsmount("bundled", "pyfuse3", mark="off"),
         _vfsmount("bundled", "pyfuse3", "1G", "dax"),
         _vfsmount("bundled", "pyfuse3", "16M", "narrow"),
+        _vfsmount("bundled", "relay", mark="off"),
+        _vfsmount("bundled", "relay", "1G", "dax"),
     )
 }
 

@@ -31,7 +31,7 @@ def test_sequential_reads_are_large(engine: str, daemon_kind: str) -> None:
         (host / "large").write_bytes(content)
         with (
             start_daemon(daemon_kind, host) as daemon,
-            start_mount(path, daemon.socket, engine=engine),
+            start_mount(path, daemon.socket, engine=engine, options=["--dax=off"]),
         ):
             before = read_status(str(path))
             with (path / "large").open("rb", buffering=0) as handle:

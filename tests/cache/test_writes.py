@@ -64,7 +64,7 @@ def here(request: pytest.FixtureRequest) -> Iterator[Place]:
                 daemon.socket,
                 engine=engine,
                 cache=cache,
-                options=("--writeback",) if writeback else (),
+                options=("--dax=off", *(("--writeback",) if writeback else ())),
             ),
         ):
             yield Place(engine, mode, host, path)

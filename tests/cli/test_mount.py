@@ -100,7 +100,8 @@ class TestAnyDaemon:
         assert (source / "new").read_bytes() == b"x" * 300_000
 
     def test_status(self, daemon: Daemon, mnt: Path, command: Command) -> None:
-        with running_mount(mnt, "--socket", daemon.socket, "--cache", "none") as mount:
+        words = ["--cache", "none", "--dax", "off"]
+        with running_mount(mnt, "--socket", daemon.socket, *words) as mount:
             (mnt / "hello").read_text()
             status = mount.status()
             table = command("status", mnt).stdout

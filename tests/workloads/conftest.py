@@ -17,7 +17,7 @@ from tests.support.environment import TMPFS, tmpfs_problem
 from tests.support.mounts import Mount, start_mount
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 ENGINES = ("relay", "pyfuse3")
 
@@ -43,7 +43,11 @@ class Share:
 
 @contextmanager
 def open_share(
-    kind: str, engine: str, cache: str = "auto", expected_status: int = 0
+    kind: str,
+    engine: str,
+    cache: str = "auto",
+    expected_status: int = 0,
+    options: Sequence[str] = (),
 ) -> Iterator[Share]:
     """Start a daemon and mount what it shares."""
     require_daemon(kind)
@@ -56,7 +60,12 @@ def open_share(
         with (
             start_daemon(kind, host) as daemon,
             start_mount(
-                path, daemon.socket, cache=cache, engine=engine, expected_status=expected_status
+                path,
+                daemon.socket,
+                cache=cache,
+                engine=engine,
+                options=options,
+                expected_status=expected_status,
             ) as mount,
         ):
             yield Share(host, path, local, daemon, mount)

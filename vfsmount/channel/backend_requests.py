@@ -3,6 +3,10 @@
 Handlers are a table, request to function. Whatever is not in the table, or was not negotiated, is
 refused: its descriptors are closed and a failure is answered where an answer is wanted. Bytes that
 are no message at all end the channel.
+
+While the queues are lent, the borrower's thread serves this channel, too (``LentRequests``): what
+the daemon asks for belongs to a request of that thread, and waking the event loop for each of them
+would cost several times what the request does.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import trio
 
-from vfsmount.channel.socket import Message, MessageSocket, close_all
+from vfsmount.channel.socket import Message, MessageSocket, close_all, receive_now
 from vfsmount.errors import ProtocolViolation, WireError
 from vfsmount.wire.vhost_user import (
     BACKEND_MESSAGES,
@@ -29,16 +33,17 @@ from vfsmount.wire.vhost_user import (
     missing_features,
 )
 
-__all__ = ["BackendHandler", "BackendRequestServer", "OlderHandler"]
+__all__ = ["BackendHandler", "BackendRequestServer", "LentRequests", "OlderHandler"]
 
 if TYPE_CHECKING:
+    import socket as stdlib_socket
     from collections.abc import Mapping
 
 log = logging.getLogger(__name__)
 
 #: Serves one kind of request: given the payload and the descriptors, which it may use but not keep
-#: (``os.dup`` them), it returns 0 or a positive errno. It runs in the event loop and must not
-#: block.
+#: (``os.dup`` them), it returns 0 or a positive errno. It runs in the event loop, or in the thread
+#: that the queues are lent to, and must not block.
 BackendHandler: TypeAlias = Callable[[Payload, list[int]], int]
 #: The same for requests that are in no standard: they get the payload's bytes, may raise WireError,
 #: and count the descriptors themselves.
@@ -76,6 +81,11 @@ class BackendRequestServer:
         self._negotiated = negotiated
         self._handlers = handlers
         self._older = older or {}
+        self._at_home = trio.Event()
+        self._at_home.set()
+        self._idle = trio.CancelScope()
+        #: Whether a message is being read or answered just now.
+        self.busy = False
 
     def close(self) -> None:
         """Close the channel; again is harmless."""
@@ -90,18 +100,48 @@ class BackendRequestServer:
             ProtocolViolation: What came is not a vhost-user request.
         """
         while True:
+            await self._at_home.wait()
+            with trio.CancelScope() as self._idle:
+                await self._socket.wait_readable()
+            if not self._at_home.is_set():
+                continue  # lent meanwhile
+            self.busy = True
             try:
-                message = await self._socket.receive()
-                if message is None:
+                if not await self._serve_one():
                     return
-                await self._answer(message)
-            except WireError as error:
-                text = f"garbage on the back-end request channel: {error}"
-                raise ProtocolViolation(text) from error
             except (OSError, trio.ClosedResourceError):
                 return
+            finally:
+                self.busy = False
 
-    async def _answer(self, message: Message) -> None:
+    async def _serve_one(self) -> bool:
+        try:
+            message = await self._socket.receive()
+            if message is None:
+                return False
+            answer = self.answer(message)
+        except WireError as error:
+            raise _violation(error) from error
+        if answer:
+            await self._socket.send(answer)
+        return True
+
+    def lend(self) -> LentRequests:
+        """Let a thread serve the channel from now on; not while ``busy``."""
+        self._at_home = trio.Event()
+        self._idle.cancel()
+        return LentRequests(self._socket.duplicate(), self.answer)
+
+    def end_loan(self) -> None:
+        """The thread does not serve it any more. Again is harmless."""
+        self._at_home.set()
+
+    def answer(self, message: Message) -> bytes:
+        """Do what a message asks for; return the answer, empty when none is wanted.
+
+        Raises:
+            WireError: It is no request.
+        """
         header = message.header
         try:
             result = self._handle(message)
@@ -110,8 +150,8 @@ class BackendRequestServer:
         if header.needs_reply and self._negotiated.protocol_features & ProtocolFeature.REPLY_ACK:
             # Failures are negated errnos in a u64, as the Rust implementations write them.
             payload = encode_ack(-result & _U64_MASK)
-            reply = encode_header(header.request, len(payload), reply=True)
-            await self._socket.send(reply + payload)
+            return encode_header(header.request, len(payload), reply=True) + payload
+        return b""
 
     def _handle(self, message: Message) -> int:
         """Return 0 or a positive errno."""
@@ -133,3 +173,54 @@ class BackendRequestServer:
         record = decode_payload(request, message.payload)
         check_fds(request, record, len(message.fds))
         return handler(record, message.fds)
+
+
+class LentRequests:
+    """The channel in the hands of a thread.
+
+    Args:
+        sock: A duplicate of our end, not blocking; this object owns it.
+        answer: Does what a message asks for.
+
+    Attributes:
+        ended: The daemon has closed its end, which alone means nothing.
+    """
+
+    def __init__(self, sock: stdlib_socket.socket, answer: Callable[[Message], bytes]) -> None:
+        self.ended = False
+        self._socket = sock
+        self._answer = answer
+
+    def fileno(self) -> int:
+        """Readable when there is something to serve."""
+        return self._socket.fileno()
+
+    def serve(self) -> None:
+        """Serve what has come; waits only for the rest of a message that has begun, and not long.
+
+        Raises:
+            ProtocolViolation: What came is not a vhost-user request.
+        """
+        while not self.ended:
+            try:
+                message = receive_now(self._socket)
+                if message is None:
+                    self.ended = True
+                    return
+                answer = self._answer(message)
+                if answer and self._socket.send(answer) < len(answer):
+                    self.ended = True  # so many answers that it does not read: nothing to talk to
+            except BlockingIOError:
+                return
+            except WireError as error:
+                raise _violation(error) from error
+            except OSError:
+                self.ended = True
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._socket.close()
+
+
+def _violation(error: WireError) -> ProtocolViolation:
+    return ProtocolViolation(f"garbage on the back-end request channel: {error}")

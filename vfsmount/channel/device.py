@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from vfsmount.channel.arena import Arena
+    from vfsmount.channel.backend_requests import BackendRequestServer
     from vfsmount.channel.frontend import DeviceOffer, Frontend
     from vfsmount.channel.memory import SharedMemory
     from vfsmount.channel.options import ChannelOptions
@@ -75,6 +76,7 @@ class Channel:
         offer: What the device offered.
         features: Virtio features acked.
         protocol_features: Protocol features acked.
+        backend_requests: Who answers what the device asks; None where it cannot ask.
         queue_size: Entries of the request queue.
         poll_us: Most microseconds to look for something before sleeping.
     """
@@ -90,6 +92,7 @@ class Channel:
         requests: DriverQueue,
     ) -> None:
         self.offer = offer
+        self.backend_requests: BackendRequestServer | None = None
         self.features = frontend.features
         self.protocol_features = frontend.protocol_features
         self.queue_size = requests.layout.queue_size
@@ -412,7 +415,7 @@ class Channel:
         """
         self._take_back()
         # Somebody may have been cancelled: the device still has the request, nobody waits for it.
-        while self._error is None and self._requests.pending():  # noqa: ASYNC110
+        while self._error is None and (self._requests.pending() or self._is_asked()):  # noqa: ASYNC110
             await trio.sleep(_LOAN_DELAY)
         if self._error is not None:
             raise fresh(self._error)
@@ -428,12 +431,16 @@ class Channel:
             request_timeout=self._request_timeout,
             counters=self._counters,
             on_failed=on_failed,
+            backend=None if self.backend_requests is None else self.backend_requests.lend(),
         )
         for exchange in self._exchanges:
             exchange.error = ChannelClosed("the queues are in other hands")
         self._at_home = trio.Event()
         self._sleep.cancel()
         return self._loan
+
+    def _is_asked(self) -> bool:
+        return self.backend_requests is not None and self.backend_requests.busy
 
     def end_loan(self) -> None:
         """Take the queues back: the borrower does not touch them any more. Again is harmless.
@@ -444,6 +451,10 @@ class Channel:
             return
         self._calls += self._loan.calls
         self._requests.abandoned += self._loan.abandoned
+        if self._loan.backend is not None:
+            self._loan.backend.close()
+        if self.backend_requests is not None:
+            self.backend_requests.end_loan()
         self._loan = None
         for exchange in self._exchanges:
             exchange.error = self._error

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vfsmount.channel.arena import Arena
+    from vfsmount.channel.backend_requests import LentRequests
     from vfsmount.channel.forgets import ForgetGatherer
     from vfsmount.channel.memory import SharedMemory
     from vfsmount.channel.rings import DriverQueue, PollBudget
@@ -43,6 +44,7 @@ class Loan:
         watchdog: Judges requests that take long.
         request_timeout: Seconds until a request fails; 0 for never.
         counters: By opcode; the borrower adds rows.
+        backend: What the daemon asks of us, to be served by the borrower; None where it cannot.
         on_failed: Called in the event loop's thread when the channel has failed.
         calls: Times that the device woke the borrower.
         abandoned: Requests that were answered before the device did.
@@ -58,5 +60,6 @@ class Loan:
     request_timeout: float
     counters: dict[int, OpcodeCounter]
     on_failed: Callable[[VfsmountError], None]
+    backend: LentRequests | None = None
     calls: int = 0
     abandoned: int = 0

@@ -157,6 +157,7 @@ async def open_channel(
             await frontend.start_queue(queue, GUEST_BASE)
         await frontend.finish()
         channel = Channel(frontend, offer, options, memory, arena, *queues)
+        channel.backend_requests = server
         closing.callback(channel.release)
         for task in (channel.reap_on_calls, channel.send_in_time, channel.look_after):
             background.start(task)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import array
 import errno
 import os
+import select
 import socket as stdlib_socket
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
-from vfsmount.errors import ConnectError
+from vfsmount.errors import ConnectError, WireError
 from vfsmount.wire.vhost_user import HEADER, MAX_FDS, Header, decode_header
 
 if TYPE_CHECKING:
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 
     from trio.socket import SocketType
 
-__all__ = ["Message", "MessageSocket", "close_all", "connect"]
+__all__ = ["Message", "MessageSocket", "close_all", "connect", "receive_now"]
 
+#: Seconds for the rest of a message, where nobody else can be served meanwhile.
+_REST_SECONDS = 1.0
 _FD_SIZE = array.array("i").itemsize
 _ANCILLARY = stdlib_socket.CMSG_SPACE(MAX_FDS * _FD_SIZE)
 
@@ -56,6 +59,14 @@ class MessageSocket:
     def close(self) -> None:
         """Close the connection; again is harmless."""
         self._sock.close()
+
+    def duplicate(self) -> stdlib_socket.socket:
+        """Return a second socket for the connection, not blocking, the caller's."""
+        return stdlib_socket.socket(fileno=os.dup(self._sock.fileno()))
+
+    async def wait_readable(self) -> None:
+        """Wait until ``receive`` finds something, be it the end."""
+        await trio.lowlevel.wait_readable(self._sock)
 
     async def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send one message; the descriptors go with its first byte and stay ours.
@@ -104,6 +115,42 @@ class MessageSocket:
                 raise ConnectionResetError("the connection ended in the middle of a message")
             data += more
         return data
+
+
+def receive_now(sock: stdlib_socket.socket) -> Message | None:
+    """Return the message that has come on a socket that does not block; None at the end.
+
+    Raises:
+        BlockingIOError: There is none.
+        WireError: What came is no message, or the rest of it does not.
+        OSError: The connection broke.
+    """
+    data, ancillary, _, _ = sock.recvmsg(HEADER.size, _ANCILLARY, stdlib_socket.MSG_CMSG_CLOEXEC)
+    fds = _descriptors(ancillary)
+    try:
+        if not data:
+            return None
+        data += _receive_rest(sock, HEADER.size - len(data))
+        header = decode_header(data)
+        return Message(header, _receive_rest(sock, header.size), fds)
+    except BaseException:
+        close_all(fds)
+        raise
+
+
+def _receive_rest(sock: stdlib_socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        try:
+            more = sock.recv(size - len(data))
+        except BlockingIOError:
+            if not select.select([sock], [], [], _REST_SECONDS)[0]:
+                raise WireError(f"half a message, and no more in {_REST_SECONDS} s") from None
+            continue
+        if not more:
+            raise ConnectionResetError("the connection ended in the middle of a message")
+        data += more
+    return data
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -22,7 +22,8 @@ import trio
 from vfsmount.client.eager import eager_trio
 from vfsmount.client.operations import VirtioFsOperations
 from vfsmount.client.relay import Relay
-from vfsmount.client.relay_init import flags_to_withdraw, init_answer
+from vfsmount.client.relay_backing import problem
+from vfsmount.client.relay_init import flags_to_withdraw, init_answer, why_no_passthrough
 from vfsmount.client.time_slice import lengthen_slice
 from vfsmount.errors import MountError, WireError
 from vfsmount.wire import fuse
@@ -161,6 +162,8 @@ class RelayEngine:
         self._relay: Relay | None = None
         self._failure: BaseException | None = None
         self._device = -1
+        #: Why the kernel does not read and write by itself; empty when it does.
+        self._no_passthrough = "there is no window"
 
     async def start(self, device: int) -> None:
         """Answer INIT; where the kernel lacks what the daemon accepted, begin anew with that.
@@ -182,13 +185,21 @@ class RelayEngine:
         missing = flags_to_withdraw(offered, self._session.facts)
         if missing:
             await self._session.begin_again(without=missing)
-        answer = init_answer(request.args, self._session.facts, self._policy)
+        facts = self._session.facts
+        if self._session.window is not None:
+            self._no_passthrough = why_no_passthrough(offered, facts, self._policy)
+        passthrough = not self._no_passthrough
+        answer = init_answer(request.args, facts, self._policy, passthrough=passthrough)
         self._flags = fuse.join_flags(answer.flags, answer.flags2)
         if self._policy.writeback and InitFlag.WRITEBACK_CACHE not in self._flags:
             log.warning("no write-back: the daemon does not accept it; see its own options")
         body = fuse.INIT_OUT.pack(answer)
         header = fuse.OUT_HEADER.values(fuse.OUT_HEADER.size + len(body), 0, request.header.unique)
         os.write(device, header + body)
+        if passthrough:
+            self._no_passthrough = problem(device)
+        if self._session.window is not None and self._no_passthrough:
+            log.info("no DAX, data go by message: %s", self._no_passthrough)
 
     async def wait_ready(self) -> None:
         """INIT was settled by ``start``."""
@@ -222,6 +233,7 @@ class RelayEngine:
             quiet_flush=not policy.writeback,  # which a FLUSH ends
             keeps_locks=InitFlag.POSIX_LOCKS in self._flags,
             heeds_interrupts=fuse.HEEDS_INTERRUPT in facts.flags,
+            window=None if self._no_passthrough else self._session.window,
         )
         ended = trio.Event()
         # A thread of our own, and a daemon one: if the worst comes to the worst, the process ends.
@@ -265,8 +277,11 @@ class RelayEngine:
         return 0 if self._relay is None else self._relay.refused
 
     def dax_facts(self) -> dict[str, Any]:
-        """Nothing yet."""
-        return {}
+        """Whether the kernel reads and writes by itself, and how often it is asked to."""
+        if self._session.window is None:
+            return {}
+        facts = {} if self._relay is None else self._relay.passthrough_facts()
+        return {"active": not self._no_passthrough, "why": self._no_passthrough} | facts
 
 
 def choose_engine(wanted: str, session: Session, policy: CachePolicy) -> Engine:

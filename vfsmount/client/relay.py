@@ -12,7 +12,9 @@ on the way is listed in ``relay_rewrite``. This file has the loop; what it joins
     relay_answers                 replies
     relay_late, relay_undo,       requests answered before their time
     relay_interrupts
-    relay_opens                   the check that goes with an OPEN in mode ``auto``
+    relay_opens                   what goes with an OPEN: the check in mode ``auto``, and
+    relay_passthrough,            backing files, with which the kernel reads and writes by itself
+    relay_backing
     relay_slots, relay_rooms      where messages lie, and how much room they get
     relay_orders, relay_ending    what other threads say; the end
 
@@ -41,11 +43,12 @@ import os
 import select
 import struct
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from vfsmount.channel.inflight import ABANDONED, DONE, POSTED, Pending
 from vfsmount.channel.rings import PollBudget
 from vfsmount.client.relay_answers import Answers
+from vfsmount.client.relay_backing import BackingFiles
 from vfsmount.client.relay_device import DevicePort
 from vfsmount.client.relay_ending import drain, fail_all, serve_lost
 from vfsmount.client.relay_interrupts import LOOK_SECONDS
@@ -53,6 +56,7 @@ from vfsmount.client.relay_kernel import ENDED, KernelPort
 from vfsmount.client.relay_late import LateReplies
 from vfsmount.client.relay_opens import OpenChecks
 from vfsmount.client.relay_orders import Orders
+from vfsmount.client.relay_passthrough import Passthrough
 from vfsmount.client.relay_requests import ROUTES, RequestRules, make_routes
 from vfsmount.client.relay_rewrite import reply_rewriters
 from vfsmount.client.relay_rooms import largest_request, room_for_reply
@@ -65,6 +69,7 @@ if TYPE_CHECKING:
 
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.channel.loan import Loan
+    from vfsmount.dax_shm.window import Window
 
 __all__ = ["Relay"]
 
@@ -100,6 +105,7 @@ class Relay:
             give my locks up". Then one that says neither is answered here.
         keeps_locks: The daemon has POSIX locks of ours.
         heeds_interrupts: The daemon ends a wait for a lock when it is told to, on the hiprio queue.
+        window: The DAX window, where the kernel has agreed to FUSE passthrough.
 
     Attributes:
         ended: ``run`` touches nothing any more.
@@ -108,6 +114,7 @@ class Relay:
     __slots__ = (
         "_all",
         "_answers",
+        "_asked",
         "_asleep",
         "_burst",
         "_checks_opens",
@@ -120,6 +127,7 @@ class Relay:
         "_map",
         "_opens",
         "_orders",
+        "_passthrough",
         "_pool",
         "_queue",
         "_replies",
@@ -143,6 +151,7 @@ class Relay:
         quiet_flush: bool = False,
         keeps_locks: bool = False,
         heeds_interrupts: bool = False,
+        window: Window | None = None,
     ) -> None:
         self.ended = False
         self._orders = Orders(on_violation)
@@ -159,7 +168,10 @@ class Relay:
         self._looked_ns = 0
         self._checks_opens = policy.revalidate
         self._kernel = KernelPort(device)
-        self._opens = OpenChecks(loan, policy)
+        self._passthrough = (
+            None if window is None else Passthrough(loan, window, BackingFiles(device))
+        )
+        self._opens = OpenChecks(loan, policy, self._passthrough)
         self._device = DevicePort(loan, self._orders, self._opens)
         rules = RequestRules(
             loan,
@@ -179,15 +191,22 @@ class Relay:
         # Two sets to sleep on: with and without the kernel's requests (back-pressure). Calls are
         # edge triggered, because the eventfd is shared with the daemon and is never read.
         self._all, self._replies = (select.epoll(flags=select.EPOLL_CLOEXEC) for _ in range(2))
+        self._asked = loan.backend
         for watch in (self._all, self._replies):
             watch.register(self._queue.call_fd, select.EPOLLIN | select.EPOLLET)
             watch.register(self._orders.wake_fd, select.EPOLLIN)
+            if self._asked is not None:
+                watch.register(self._asked, select.EPOLLIN)
         self._all.register(device, select.EPOLLIN)
 
     @property
     def refused(self) -> int:
         """Replies that the kernel would not take."""
         return self._answers.refused
+
+    def passthrough_facts(self) -> dict[str, Any]:
+        """What the kernel does by itself, for ``status``."""
+        return {} if self._passthrough is None else self._passthrough.facts()
 
     def run(self) -> None:
         """Serve until the connection ends or somebody says so.
@@ -196,16 +215,19 @@ class Relay:
             OSError: The device failed in a way that is not its end.
         """
         try:
+            if self._passthrough is not None:
+                self._passthrough.prepare_thread()
             self._serve()
             if self._orders.error is not None:
                 self._serve_lost()
             elif not self._orders.aborting:
                 self._device.kick()
-                drain(self._queue.ring, self._collect, self._orders, self._replies)
+                drain(self._queue.ring, self._progress, self._orders, self._replies)
         finally:
             self._leave()
 
     def _serve_lost(self) -> None:
+        self._leave_unasked()
         in_flight = self._device.in_flight()
         fail_all((*in_flight, *self._device.stalled), self._kernel, self._orders)
         # Where all slots are with the device, which is gone, any will do.
@@ -233,9 +255,12 @@ class Relay:
         ring, yield_cpu, now_ns = self._queue.ring, os.sched_yield, perf_counter_ns
         has_used, collect, read, loan = ring.has_used, self._collect, self._read, self._loan
         orders, device, look = self._orders, self._device, self._kernel.look
+        passthrough = self._passthrough
         found = False
         since = 0  # when the present search for something to do began; 0 while there is some
         while not orders.given:
+            if passthrough is not None and passthrough.is_asking():
+                self._serve_asked()
             if found or has_used():
                 collect()
                 since = 0
@@ -280,8 +305,33 @@ class Relay:
                 orders.heed()
             elif fd == self._queue.call_fd:
                 self._loan.calls += 1
+            elif self._asked is not None and fd == self._asked.fileno():
+                self._serve_asked()
         if not events or perf_counter_ns() > self._looked_ns:
             self._look_after(idle=not events)
+
+    def _serve_asked(self) -> None:
+        """Do what the daemon asks of us."""
+        if self._asked is None:
+            return
+        try:
+            self._asked.serve()
+        except ProtocolViolation as violation:
+            self._orders.violated(violation)
+        if self._asked.ended or self._orders.error is not None:
+            self._leave_unasked()
+
+    def _leave_unasked(self) -> None:
+        if self._asked is not None:
+            for watch in (self._all, self._replies):
+                watch.unregister(self._asked)
+            self._asked = None
+
+    def _progress(self) -> None:
+        """All that can happen without requests."""
+        self._serve_asked()
+        if self._queue.ring.has_used():
+            self._collect()
 
     def _timeout(self) -> float | None:
         """Seconds to sleep at most; None for ever."""
@@ -293,7 +343,8 @@ class Relay:
             return LOOK_SECONDS  # to have the buffers of FORGETs back; the device does not call
         if self._queue.ring.outstanding:
             return self._loan.watchdog.interval
-        return _TRIM_SECONDS if self._pool.is_bloated(_KEEP) else None
+        untidy = self._passthrough is not None and self._passthrough.is_untidy()
+        return _TRIM_SECONDS if untidy or self._pool.is_bloated(_KEEP) else None
 
     def _look_after(self, *, idle: bool) -> None:
         """What has to be done now and then: forgets, mute requests, interrupted callers, memory."""
@@ -308,6 +359,8 @@ class Relay:
                 self._late.give_up(slot, errno.ETIMEDOUT)
         if idle and not self._queue.ring.outstanding and self._pool.is_bloated(_KEEP):
             self._pool.trim()
+        if idle and self._passthrough is not None:
+            self._passthrough.tidy()
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -477,8 +530,8 @@ class Relay:
         """A request of our own is through; a write or an open may have waited for it."""
         opened = self._opens.learned(pending)
         self._loan.arena.free(pending.block)
-        if opened is not None:
-            self._finish(opened)
+        for slot in opened:
+            self._finish(slot)
         abandoned = self._device.unhold(pending)
         if abandoned is not None:
             self._opens.end_change()

@@ -137,18 +137,25 @@ class Answers:
             counter.errors += 1
 
     def _may_open(self, slot: Slot) -> bool:
-        """Put into an OPEN's answer what its check has found; False when it is refused."""
+        """Put into an open's answer what its check has found; False when it is refused."""
+        error = self._judge(slot) or self._opens.decide(slot)
+        if error:
+            self._late.take_back(slot)
+            self._kernel.answer(slot.answers, error)
+        return not error
+
+    def _judge(self, slot: Slot) -> int:
+        """Check what the kernel knows of a file that it opens; return 0 or an errno for it."""
+        if not self._opens.checks(slot):
+            return 0
         verdict = self._opens.judge(slot)
         if verdict.replaced:
-            # The kernel takes it as: look the name up again, then open what that finds.
-            self._late.take_back(slot)
-            self._kernel.answer(slot.answers, errno.ESTALE)
-            return False
+            return errno.ESTALE  # the kernel looks the name up again, then opens what that finds
         if not verdict.keep_attributes:
             # Of attributes alone, which takes no lock that a request could hold.
             with suppress(OSError):  # forgotten meanwhile
                 self._write(invalidation(slot.nodeid))
-        return True
+        return 0
 
     def _answer_error(self, slot: Slot) -> None:
         number = slot.errno
@@ -162,6 +169,8 @@ class Answers:
 
     def _refused(self, slot: Slot, error: OSError) -> None:
         """The kernel did not take a reply."""
+        if slot.check is not None:
+            self._opens.refused(slot)
         if error.errno == errno.EINVAL:
             # Its length does not fit the request; the kernel has failed that with EIO by itself,
             # or has left it alone, and then we do.

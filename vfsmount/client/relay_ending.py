@@ -88,13 +88,13 @@ def serve_lost(
 
 
 def drain(
-    ring: Virtqueue, collect: Callable[[], object], orders: Orders, watch: select.epoll
+    ring: Virtqueue, progress: Callable[[], object], orders: Orders, watch: select.epoll
 ) -> None:
     """Wait for what the device has: RELEASEs and writes nobody waits for. Bounded.
 
     Args:
         ring: Where replies come.
-        collect: Takes and answers them.
+        progress: Takes and answers them, and what the daemon asks.
         orders: When not to wait any more.
         watch: Sleeps on the device and the orders.
     """
@@ -105,5 +105,4 @@ def drain(
                 return
             watch.poll(LOOK_SECONDS)
             orders.heed()
-        if ring.has_used():
-            collect()
+        progress()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.client.session import InitFacts
 
-__all__ = ["flags_to_withdraw", "init_answer"]
+__all__ = ["flags_to_withdraw", "init_answer", "why_no_passthrough"]
 
 PAGE_SIZE: Final = 4096
 
@@ -34,7 +34,7 @@ SHARED_FLAGS: Final = (
     | InitFlag.WRITEBACK_CACHE
 )
 
-#: Never told to the kernel, whatever the daemon accepts: /dev/fuse has no submounts and no DAX; an
+#: Never told to the kernel because the daemon accepts it: /dev/fuse has no submounts and no DAX; an
 #: OPEN answered with ENOSYS by accident would end all opens; idmapped ids need a daemon that knows.
 HIDDEN_FLAGS: Final = (
     InitFlag.SUBMOUNTS
@@ -79,13 +79,34 @@ def flags_to_withdraw(offered: InitFlag, facts: InitFacts) -> InitFlag:
     return facts.flags & SHARED_FLAGS & ~offered
 
 
-def init_answer(kernel: InitIn, facts: InitFacts, policy: CachePolicy) -> InitOut:
+def why_no_passthrough(offered: InitFlag, facts: InitFacts, policy: CachePolicy) -> str:
+    """Return why the kernel cannot read and write files by itself; empty when it can.
+
+    Args:
+        offered: What the kernel offers.
+        facts: What was settled with the daemon.
+        policy: The cache policy.
+    """
+    if InitFlag.PASSTHROUGH not in offered:
+        return "the kernel has no FUSE passthrough (Linux 6.9)"
+    if policy.writeback and InitFlag.WRITEBACK_CACHE in facts.flags & offered:
+        return "--writeback: the kernel does one or the other"
+    if InitFlag.HANDLE_KILLPRIV_V2 not in facts.flags & offered:
+        # The kernel would ask for security.capability before each write.
+        return "the daemon or the kernel lacks HANDLE_KILLPRIV_V2"
+    return ""
+
+
+def init_answer(
+    kernel: InitIn, facts: InitFacts, policy: CachePolicy, *, passthrough: bool = False
+) -> InitOut:
     """Return what to tell the kernel: what the daemon accepted, and what we add.
 
     Args:
         kernel: The kernel's INIT.
         facts: What was settled with the daemon, ``flags_to_withdraw`` heeded.
         policy: The cache policy.
+        passthrough: The kernel is to read and write files by itself where it gets backing files.
     """
     offered = fuse.join_flags(kernel.flags, kernel.flags2)
     flags = ((facts.flags & ~HIDDEN_FLAGS) | OWN_FLAGS) & offered
@@ -96,6 +117,8 @@ def init_answer(kernel: InitIn, facts: InitFacts, policy: CachePolicy) -> InitOu
     elif InitFlag.HANDLE_KILLPRIV not in flags:
         # The kernel clears set-id bits itself then, but not of what an OPEN truncates.
         flags &= ~InitFlag.ATOMIC_O_TRUNC
+    if passthrough:
+        flags |= InitFlag.PASSTHROUGH
     flags1, flags2 = fuse.split_flags(flags)
     max_pages = facts.max_read // PAGE_SIZE
     return InitOut(
@@ -110,6 +133,8 @@ def init_answer(kernel: InitIn, facts: InitFacts, policy: CachePolicy) -> InitOu
         max_pages=min(max_pages, 0xFFFF) if InitFlag.MAX_PAGES in flags else 0,
         map_alignment=0,
         flags2=flags2,
-        max_stack_depth=0,
+        # 1: below a file that is not stacked itself; 2 would keep this mount from being a lower
+        # directory of an overlay.
+        max_stack_depth=1 if passthrough else 0,
         request_timeout=0,
     )

@@ -1,6 +1,7 @@
-"""OPEN in mode ``auto``: what the kernel knows of the file is checked before it is opened.
+"""What an open waits for besides its own reply.
 
-A GETATTR of ours goes ahead of each OPEN, in the same kick. Its answer is judged by ``Freshness``:
+In mode ``auto`` what the kernel knows of the file is checked: a GETATTR of ours goes ahead of
+each OPEN, in the same kick. Its answer is judged by ``Freshness``:
 
     unchanged    the kernel keeps its pages and attributes
     changed      pages are dropped by the open (no KEEP_CACHE); the kernel is told that its
@@ -10,7 +11,10 @@ A GETATTR of ours goes ahead of each OPEN, in the same kick. Its answer is judge
 With O_TRUNC there is nothing to check: the kernel drops pages and size by itself.
 
 What is parked may answer one GETATTR, if nothing was changed here meanwhile: a change that was on
-its way when we asked might or might not be in the answer, so then nothing is parked.
+its way when we asked might or might not be in the answer, so then nothing is parked. Nor is
+anything while the kernel writes to the file without our seeing it.
+
+With DAX an open waits for its backing file as well (``relay_passthrough``), in every mode.
 """
 
 from __future__ import annotations
@@ -22,13 +26,17 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.cache.freshness import SIGNATURE_AT, SIGNATURE_SIZE, Freshness
 from vfsmount.channel.inflight import Pending
+from vfsmount.client.relay_passthrough import CREATES
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import NotifyCode, Opcode, OpenOutFlag
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vfsmount.cache.freshness import Verdict
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.channel.loan import Loan
+    from vfsmount.client.relay_passthrough import Passthrough
     from vfsmount.client.relay_slots import Slot
 
 __all__ = ["CHANGES", "OpenCheck", "OpenChecks", "invalidation"]
@@ -57,24 +65,36 @@ _PARKED: Final = 64
 
 
 class OpenCheck:
-    """The GETATTR that belongs to an OPEN.
+    """What belongs to an OPEN, or a CREATE.
 
     Attributes:
-        pending: It, while it is on its way.
+        pending: Its GETATTR, while that is on its way.
         replied: The OPEN itself is through.
-        body: Its ``fuse_attr_out``; None when there is none.
+        waits: For a backing file.
+        wants: What it wants of that, see ``relay_passthrough``.
+        is_checked: There is to be a GETATTR.
+        nodeid: Whose; 0 as long as nobody knows.
+        body: The GETATTR's ``fuse_attr_out``; None when there is none.
         version: Changes begun when it was sent, or -1 when some were on their way.
         sent: When, clock seconds.
     """
 
-    __slots__ = ("body", "pending", "replied", "sent", "version")
+    __slots__ = (
+        "body", "is_checked", "nodeid", "pending", "replied", "sent", "version", "waits", "wants",
+    )  # fmt: skip
 
-    def __init__(self, version: int, sent: float) -> None:
+    def __init__(self, version: int = -1, sent: float = 0.0) -> None:
+        self.is_checked = False
         self.pending: Pending | None = None
-        self.replied = False
+        self.replied = self.waits = False
+        self.nodeid = self.wants = 0
         self.body: bytes | None = None
         self.version = version
         self.sent = sent
+
+    def is_ready(self) -> bool:
+        """Whether nothing is missing for the answer."""
+        return self.replied and self.pending is None and not self.waits
 
 
 class OpenChecks:
@@ -82,13 +102,17 @@ class OpenChecks:
 
     Args:
         loan: Where the GETATTRs go.
-        policy: The cache policy; without ``revalidate`` nothing here does anything.
+        policy: The cache policy; without ``revalidate`` nothing is checked.
+        passthrough: Has backing files set up; None without DAX.
 
     Attributes:
         fresh: Is to be told the attributes that the kernel gets; None without ``revalidate``.
     """
 
-    def __init__(self, loan: Loan, policy: CachePolicy) -> None:
+    def __init__(
+        self, loan: Loan, policy: CachePolicy, passthrough: Passthrough | None = None
+    ) -> None:
+        self.passthrough = passthrough
         self.fresh = Freshness() if policy.revalidate else None
         self._queue = loan.requests
         self._map = loan.memory.map
@@ -98,8 +122,11 @@ class OpenChecks:
         self._begun = self._ended = 0
 
     def waiting(self) -> list[Slot]:
-        """OPENs that the daemon has answered, but not yet their GETATTRs."""
-        return [slot for slot in self._slots.values() if slot.check and slot.check.replied]
+        """Opens that the daemon has answered, but that wait for something else of it."""
+        slots = [slot for slot in self._slots.values() if slot.check and slot.check.replied]
+        if self.passthrough is not None:
+            slots += [slot for slot in self.passthrough.waiting() if slot not in slots]
+        return slots
 
     # --- changes ---
 
@@ -115,13 +142,28 @@ class OpenChecks:
     # --- opens ---
 
     def begin(self, slot: Slot) -> None:
-        """Send the GETATTR of an OPEN that is to be submitted and kicked next."""
+        """Send what goes with an OPEN that is to be submitted and kicked next."""
+        if self.fresh is not None:
+            self._begin_check(slot)
+        if self.passthrough is not None:
+            if slot.check is None:
+                slot.check = OpenCheck()
+            self.passthrough.begin(slot)
+
+    def begin_create(self, slot: Slot) -> None:
+        """The same for a CREATE; only with ``passthrough``."""
+        assert self.passthrough is not None
+        slot.check = OpenCheck()
+        self.passthrough.begin_create(slot)
+
+    def _begin_check(self, slot: Slot) -> None:
         flags: int = _U32.unpack_from(self._map, slot.at + _IN)[0]
         if flags & os.O_TRUNC:
             self.forget(slot.nodeid)
             return
         version = self._begun if self._begun == self._ended else -1
         check = slot.check = OpenCheck(version, monotonic())
+        check.is_checked = True
         size = fuse.ATTR_OUT.size
         pending = Pending(Opcode.GETATTR, slot.nodeid, _GETATTR_BODY, None, size, 0, 0, 0, 0, None)
         if self._queue.submit(pending, kick=False):
@@ -129,26 +171,32 @@ class OpenChecks:
             self._slots[pending] = slot
 
     def replied(self, slot: Slot) -> bool:
-        """The OPEN is through; return whether its GETATTR is too."""
+        """An open is through; return whether it need not wait any more."""
         check = slot.check
         assert check is not None
         check.replied = True
-        return check.pending is None
+        if self.passthrough is not None and slot.opcode in CREATES:
+            self.passthrough.created(slot)
+        return check.is_ready()
 
-    def learned(self, pending: Pending) -> Slot | None:
-        """A GETATTR is through, if it is one of these; return the OPEN that need not wait more."""
+    def learned(self, pending: Pending) -> Sequence[Slot]:
+        """A request of the relay's own is through; return the opens that need not wait any more."""
         slot = self._slots.pop(pending, None)
         if slot is None or slot.check is None:
-            return None
+            return () if self.passthrough is None else self.passthrough.learned(pending)
         check = slot.check
         check.pending = None
         if not pending.errno and pending.length >= fuse.ATTR_OUT.size:
             check.body = self._map[pending.data_at : pending.data_at + fuse.ATTR_OUT.size]
-        return slot if check.replied else None
+        return (slot,) if check.is_ready() else ()
+
+    def checks(self, slot: Slot) -> bool:
+        """Whether there is something to judge."""
+        return slot.check is not None and slot.check.is_checked
 
     def judge(self, slot: Slot) -> Verdict:
         """Judge an OPEN, put the flag into its reply, and park the answer for the kernel."""
-        check, fresh, body = slot.check, self.fresh, None
+        check, fresh = slot.check, self.fresh
         assert check is not None
         assert fresh is not None
         body = check.body
@@ -165,6 +213,24 @@ class OpenChecks:
                 self._parked.clear()
             self._parked[slot.nodeid] = body, check.sent
         return verdict
+
+    def decide(self, slot: Slot) -> int:
+        """Say in an open's answer who reads and writes; return 0, or the errno to fail with."""
+        if self.passthrough is None:
+            return 0
+        error = self.passthrough.decide(slot)
+        if (
+            self._parked
+            and slot.check is not None
+            and self.passthrough.is_passed(slot.check.nodeid)
+        ):
+            self._parked.pop(slot.check.nodeid, None)
+        return error
+
+    def refused(self, slot: Slot) -> None:
+        """The kernel has not taken an open's answer after all."""
+        if self.passthrough is not None:
+            self.passthrough.taken_back(slot)
 
     # --- what is known ---
 

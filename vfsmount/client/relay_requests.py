@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
+from contextlib import suppress
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
@@ -22,7 +24,7 @@ from vfsmount.client.relay_memory import (
     SetIdMemory,
     wants_set_id_cleared,
 )
-from vfsmount.client.relay_opens import CHANGES
+from vfsmount.client.relay_opens import CHANGES, invalidation
 from vfsmount.client.relay_rewrite import flags_below_writeback
 from vfsmount.client.relay_rooms import named_rooms, small_rooms
 from vfsmount.client.relay_slots import SMALL_REPLY
@@ -61,6 +63,9 @@ _OPCODE_AT: Final = 4
 _FORGET_ONE: Final = struct.Struct("<QQ").unpack_from
 _RELEASE_FLAGS_AT: Final = _IN + 12  # release_in: fh, flags, release_flags
 _FLOCK_UNLOCK: Final = int(fuse.ReleaseFlag.FLOCK_UNLOCK)
+_MODE: Final = int(fuse.SetattrValid.MODE)
+_MODE_AT: Final = 68  # of setattr_in
+_SET_ID: Final = stat.S_ISUID | stat.S_ISGID
 _COPY_TARGET_AT: Final = 24  # copy_file_range_in: fh_in, off_in, nodeid_out, fh_out
 
 #: RELEASEs that wait for a kick without company.
@@ -144,6 +149,7 @@ class RequestRules:
     Attributes:
         modes: Files with set-id bits.
         absent: Extended attributes that files do not have.
+        passthrough: Files that the kernel reads and writes by itself; None without DAX.
     """
 
     def __init__(
@@ -160,6 +166,7 @@ class RequestRules:
         self.modes = SetIdMemory()
         self.absent = AbsentXattrs(policy.attr_timeout)
         self.late: LateReplies
+        self.passthrough = opens.passthrough
         self._map = loan.memory.map
         self._queue = loan.requests
         self._kernel = kernel
@@ -175,7 +182,8 @@ class RequestRules:
 
     def local(self) -> dict[int, Handler]:
         """Return what sees requests first, by opcode."""
-        quiet = {Opcode.FLUSH: self._flush} if self._quiet_flush else {}
+        flush = self._flush if self.passthrough is None else self._flush_passed
+        quiet = {Opcode.FLUSH: flush} if self._quiet_flush else {}
         below = {Opcode.OPEN: self._open, Opcode.CREATE: self._open} if self._writeback else {}
         table: dict[Opcode, Handler] = {
             Opcode.FALLOCATE: self._fallocate,
@@ -206,8 +214,12 @@ class RequestRules:
             Opcode.RELEASEDIR: self._post,
             Opcode.WRITE: self._note_write,
         }
-        if checks_opens:
+        if checks_opens or self.passthrough is not None:
             table[Opcode.OPEN] = self._check_open
+        if self.passthrough is not None:
+            table |= dict.fromkeys((Opcode.CREATE, Opcode.TMPFILE), self._check_create)
+            table[Opcode.SETATTR] = self._note_mode
+            table[Opcode.RELEASE] = self._post_passed
         return {int(opcode): handler for opcode, handler in table.items()}
 
     # --- forgetting and giving up ---
@@ -218,6 +230,8 @@ class RequestRules:
         self.modes.drop(nodeid)
         self._locked.discard(nodeid)
         self._opens.forget(nodeid)
+        if self.passthrough is not None:
+            self.passthrough.forget(nodeid)
         self._device.forget(nodeid, nlookup)
 
     def _forget(self, _slot: Slot, at: int, _size: int, nodeid: int) -> bool:
@@ -254,6 +268,14 @@ class RequestRules:
             return False
         self._kernel.answer(slot.answers)
         return True
+
+    def _flush_passed(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
+        """FLUSH where the kernel writes by itself, perhaps through a mapping, unseen."""
+        if self.passthrough is None or not self.passthrough.is_writer(_U64(self._map, at + _IN)[0]):
+            return self._flush(slot, at, size, nodeid)
+        with suppress(OSError):  # forgotten meanwhile
+            self._kernel.write(invalidation(nodeid))
+        return False
 
     def _fallocate(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
         self._wrote.add(_U64(self._map, at + _IN)[0])
@@ -294,6 +316,21 @@ class RequestRules:
         if self._device.posted >= _POSTED_AT_ONCE:
             self._device.kick()
         return True
+
+    def _check_create(self, slot: Slot, _at: int, _size: int, _nodeid: int) -> bool:
+        self._opens.begin_create(slot)
+        return False
+
+    def _note_mode(self, _slot: Slot, at: int, _size: int, nodeid: int) -> bool:
+        mode = _U32(self._map, at + _IN + _MODE_AT)[0]
+        if self.passthrough is not None and mode & _SET_ID and _U32(self._map, at + _IN)[0] & _MODE:
+            self.passthrough.has_set_id(nodeid)
+        return False
+
+    def _post_passed(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
+        if self.passthrough is not None:
+            self.passthrough.released(_U64(self._map, at + _IN)[0])
+        return self._post(slot, at, size, nodeid)
 
     def _note_write(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
         if at + size > slot.touched:
