@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +60,9 @@ class Daemon:
         kind: One of `DAEMON_KINDS`.
         source: The folder that it shares.
         socket: The vhost-user socket on which it listens.
-        process: The process. No kind forks as it is started here, so this one serves.
+        pid: The process that serves.
+        process: What was started. The bundled daemon's sandbox makes it the parent of the one
+            that serves; its exit status is the daemon's.
     """
 
     def __init__(
@@ -70,11 +72,13 @@ class Daemon:
         self.source = source
         self.socket = socket
         self.process = process
+        self.pid = process.pid
 
-    @property
-    def pid(self) -> int:
-        """The process that serves."""
-        return self.process.pid
+    def find_server(self) -> None:
+        """From now on `pid` is the process that serves: the one's only child, or itself."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        if children:
+            self.pid = int(children[0])
 
     @property
     def stderr(self) -> str:
@@ -91,8 +95,10 @@ class Daemon:
         return self.process.poll() is None
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
-        """Send a signal; a daemon that has ended already is left alone. Reap it with `wait`."""
-        self.process.send_signal(signum)
+        """Signal the one that serves; one that has ended is left alone. Reap it with `wait`."""
+        if self.is_running():
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signum)
 
     def pause(self) -> None:
         """Make the daemon mute: it holds its sockets and memory, but does nothing."""
@@ -183,7 +189,7 @@ def start_daemon(
         cache: ``none``, ``auto`` or ``always``; the bundled daemon has no such option.
         xattr: Whether extended attributes are served; the bundled daemon always does.
         writeback: Whether the guest's write-back cache is accepted; the bundled daemon decides.
-        extra: More arguments, as this kind of daemon spells them; none that makes it fork
+        extra: More arguments, as this kind of daemon spells them; none that makes a real one fork
             (a namespace sandbox, ``--daemonize``), or `Daemon.pid` would be the wrong process.
 
     Yields:
@@ -204,10 +210,11 @@ def start_daemon(
     daemon = Daemon(kind, Path(source), socket, process)
     try:
         wait_until(lambda: _is_up(daemon), START_DEADLINE, f"the {kind} daemon to listen")
+        daemon.find_server()
         yield daemon
     finally:
-        process.kill()
-        process.wait()  # SIGKILL ends it even when it is stopped
+        daemon.kill()  # which ends it even when it is stopped, and its parent after it
+        daemon.wait()
         shutil.rmtree(home, ignore_errors=True)
         (C_LOCK_FOLDER / f"{str(socket).replace('/', '.')}.pid").unlink(missing_ok=True)
 
@@ -220,7 +227,9 @@ def _command(
     kind: str, source: Path, socket: Path, cache: str, xattr: bool, writeback: bool
 ) -> list[str]:
     if kind == "bundled":
-        command = [sys.executable, "-m", "vfsmount", "serve", str(source), "--sandbox=none"]
+        # As users get it. Mere users (whom Ubuntu 24.04 allows no namespaces) go without a sandbox,
+        # which is what --source does for them.
+        command = [sys.executable, "-m", "vfsmount", "serve", str(source), "--sandbox=auto"]
         return [*command, "--socket", str(socket)]
     command = [str(_fetched(kind)), f"--socket-path={socket}"]
     if kind == "c":
