@@ -300,7 +300,7 @@ class Passthrough:
             node.backing_id = self._open_backing(fd, wants)
             node.granted = 0
             self._registered += 1
-            self._kept[node.nodeid] = node
+            self._keep(node)
         elif node.file != file:
             return errno.EIO  # another file than before, for the same inode
         node.granted |= wants
@@ -325,7 +325,7 @@ class Passthrough:
         self._refusals += 1
         if error not in _PASSING:
             self._in_vain += 1
-            node.refused |= (wants & ~node.granted) or wants
+            node.refused |= _WRITE if wants & _WRITE else _READ
         who = "the daemon" if by_daemon else "the kernel"
         reason = f"{who} gives no backing file: {os.strerror(error)}"
         if error == errno.ENOSYS or (self._in_vain >= _PATIENCE and not self._registered):
@@ -441,9 +441,7 @@ class Passthrough:
         else:
             node.opens -= 1
             if not node.opens:
-                self._kept[node.nodeid] = node
-                if len(self._kept) > _KEPT:
-                    self._close(self._kept[next(iter(self._kept))])
+                self._keep(node)
         self._drop_forgotten(node)
 
     def taken_back(self, slot: Slot) -> None:
@@ -469,6 +467,11 @@ class Passthrough:
             if node.backing_id:
                 self._close(node)
             self._nodes.pop(node.nodeid, None)
+
+    def _keep(self, node: _Node) -> None:
+        self._kept[node.nodeid] = node
+        if len(self._kept) > _KEPT:
+            self._close(self._kept[next(iter(self._kept))])
 
     def _close(self, node: _Node) -> None:
         del self._kept[node.nodeid]
