@@ -108,6 +108,13 @@ def test_no_window_and_why() -> None:
     assert "  DAX           off: --dax=off\n" in text
 
 
+def test_files_that_the_kernel_has() -> None:
+    dax = {"active": True, "backing_files": 7, "kept": 5, "opens": 9, "opens_by_message": 1}
+    text = format_status(STATUS | {"dax": dax})
+    expected = "in the kernel: 7 files, 5 kept, 9 opens, 1 by message"
+    assert expected in " ".join(text.split())
+
+
 def test_lost_daemon_is_told() -> None:
     lost = STATUS | {"state": "daemon lost", "lost": "the daemon closed the connection"}
     text = format_status(lost | {"origin": {"socket": "/s"}})

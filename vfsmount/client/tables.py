@@ -86,6 +86,9 @@ def _cache(cache: Mapping[str, Any]) -> str:
 def _dax(dax: Mapping[str, Any]) -> str:
     if not dax.get("active"):
         return f"off: {dax.get('why', 'this version has none')}"
+    if "backing_files" in dax:
+        opens = f"{dax['opens']} opens, {dax['opens_by_message']} by message"
+        return f"in the kernel: {dax['backing_files']} files, {dax['kept']} kept, {opens}"
     ranges = f"{dax['mapped_ranges']} of {dax['ranges']} ranges of {dax['range_bytes'] >> 20} MiB"
     names = ("hits", "misses", "set_ups", "reclaims", "bypassed", "failures")
     counts = ", ".join(f"{dax[name]} {name.replace('_', '-')}" for name in names)
