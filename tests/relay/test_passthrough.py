@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.daemons import REPOSITORY
+from tests.support.daemons import REPOSITORY, start_daemon
+from tests.support.mounts import start_mount
 from tests.support.shares import Shared, messages, open_shared
 from tests.support.wait import wait_until
 from vfsmount.client.status import read_status
@@ -324,22 +325,26 @@ def overlay(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", merged], check=True)
 
 
-def test_files_that_cannot_be_below_go_by_message() -> None:
-    with open_shared("bundled", "relay", "auto") as shared:
-        if not dax_of(shared)["active"]:
+def test_files_that_cannot_be_below_go_by_message(tmpfs_path: Path) -> None:
+    path = tmpfs_path / "mnt"
+    path.mkdir()
+    with (
+        overlay(tmpfs_path) as merged,
+        start_daemon("bundled", merged) as daemon,
+        start_mount(path, daemon.socket) as mount,
+    ):
+        if not read_status(str(path))["dax"]["active"]:
             pytest.skip("no FUSE passthrough here")
-        host, path = shared.folder()
-        with overlay(host) as merged:
-            for number in range(20):
-                (merged / f"{number}").write_bytes(b"%d" % number)
-            for number in range(20):
-                assert (path / "merged" / f"{number}").read_bytes() == b"%d" % number
-            (path / "merged" / "new").write_bytes(b"written")
-            assert (merged / "new").read_bytes() == b"written"
-        facts = dax_of(shared)
+        for number in range(20):
+            (merged / f"{number}").write_bytes(b"%d" % number)
+        for number in range(20):
+            assert (path / f"{number}").read_bytes() == b"%d" % number
+        (path / "new").write_bytes(b"written")
+        assert (merged / "new").read_bytes() == b"written"
+        facts = read_status(str(path))["dax"]
         assert facts["opens_by_message"] == 21
         assert (facts["active"], "symbolic links" in facts["why"]) == (False, True)
-        assert shared.mounts[0].log.count("goes by message") == 1
+        assert mount.log.count("goes by message") == 1
 
 
 def test_write_back_of_the_kernel_excludes_it() -> None:

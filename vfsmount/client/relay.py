@@ -350,6 +350,7 @@ class Relay:
         """What has to be done now and then: forgets, mute requests, interrupted callers, memory."""
         now = perf_counter_ns()
         self._looked_ns = now + int(self._loan.watchdog.interval * 1e9)
+        self._serve_asked()  # which a loop that never sleeps would not hear of
         self._device.flush_forgets()
         self._device.send_undoing()
         self._late.interrupts.look()

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import socket
+import struct
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.errors import VfsmountError
@@ -52,7 +53,11 @@ class RequestChannel:
         if self._socket.type != socket.SOCK_STREAM:
             self._socket.detach()
             raise Refused("back-end request channel that is no stream socket")
-        self._socket.settimeout(_PATIENCE)
+        # By the kernel: Python's own time limit costs a poll(2) for each call.
+        limit = struct.pack("ll", int(_PATIENCE), 0)
+        self._socket.setblocking(True)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
 
     def close(self) -> None:
         """Close the channel; again is harmless. The front-end's answers no longer matter."""
