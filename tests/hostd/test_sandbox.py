@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.hostd.frontend import Frontend
+from tests.hostd.frontend import Disconnected, Frontend
 from tests.hostd.guest import ROOT, expect_errno
 from tests.support.wait import wait_until
 from vfsmount.hostd import seccomp
+from vfsmount.wire.fuse import Opcode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 pytestmark = [
     pytest.mark.slow,
@@ -58,6 +59,11 @@ class Running:
     def __init__(self, process: subprocess.Popen[bytes], home: Path) -> None:
         self.process = process
         self.path = home / "s"
+
+    def rest_of_log(self) -> bytes:
+        """What it prints from now on to its end."""
+        assert self.process.stderr is not None
+        return self.process.stderr.read()
 
     @property
     def served_by(self) -> int:
@@ -97,9 +103,11 @@ class Running:
 
 
 @contextmanager
-def daemon(home: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> Iterator[Running]:
+def daemon(
+    home: Path, *arguments: str, prefix: tuple[str, ...] = (), command: Sequence[str] = COMMAND
+) -> Iterator[Running]:
     process = subprocess.Popen(
-        [*prefix, *COMMAND, f"{home}/share", "--socket", f"{home}/s", *arguments],
+        [*prefix, *command, f"{home}/share", "--socket", f"{home}/s", *arguments],
         stderr=subprocess.PIPE,
         cwd=REPOSITORY,
     )
@@ -112,6 +120,19 @@ def daemon(home: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> Iterato
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+def with_statfs(what: str) -> list[str]:
+    """The command of a daemon that does something else when it is asked for STATFS."""
+    code = (
+        "import os, sys\n"
+        "from vfsmount.hostd import cli\n"
+        "from vfsmount.hostd.fs import dispatch\n"
+        "from vfsmount.wire.fuse import Opcode\n"
+        f"dispatch._PLAIN[Opcode.STATFS] = lambda *_: {what}\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    return [sys.executable, "-c", code]
 
 
 def failure(home: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> str:
@@ -211,6 +232,21 @@ def test_the_root_itself_can_be_shared(home: Path) -> None:
     assert not (home / "s").exists()
 
 
+def test_an_internal_error_is_logged_from_inside(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its traceback, for which the interpreter may have to load something (Python 3.13)."""
+    with daemon(home, command=with_statfs("1 / 0")) as running, running.guest() as guest:
+        for _ in range(2):
+            with expect_errno("EIO"):
+                guest.call(Opcode.STATFS, ROOT)
+        guest.walk("file")
+        running.process.terminate()
+        log = running.rest_of_log()
+    assert log.count(b"ERROR: STATFS failed") == log.count(b"ZeroDivisionError") == 2
+    assert b"ModuleNotFoundError" not in log
+
+
 # --- rights --------------------------------------------------------------------------------------
 
 
@@ -252,13 +288,16 @@ def test_actions_of_the_filter(home: Path, action: str, mode: str) -> None:
         ("os.execv('/bin/true', ['true'])", -signal.SIGSYS),
         ("ctypes.CDLL(None).ptrace(0, 0, 0, 0)", -signal.SIGSYS),
         ("ctypes.CDLL(None).unshare(0x10000000)", -signal.SIGSYS),
+        ("ctypes.CDLL(None).connect(0, 0, 0)", -signal.SIGSYS),
         ("socket.socket(socket.AF_UNIX)", 1),  # refused, for a syslog that restarts
+        ("sys.exit(ctypes.CDLL(None).syscall(5000) != -1)", 0),  # of a kernel to come
+        ("os.sched_setaffinity(0, [0])", 1),
         ("(lambda t: (t.start(), t.join()))(threading.Thread(target=print))", 0),
     ],
 )
 def test_what_the_filter_forbids(call: str, status: int) -> None:
     code = (
-        "import ctypes, os, socket, threading\n"
+        "import ctypes, os, socket, sys, threading\n"
         "from vfsmount.hostd import seccomp, syscalls\n"
         "restrict = seccomp.prepare('kill')\n"
         f"syscalls.set_no_new_privs(); restrict(); {call}"
@@ -278,6 +317,15 @@ def test_without_its_library_there_is_no_filter(
 
 def _raise_oserror(_name: str) -> None:
     raise OSError("no such library")
+
+
+def test_a_call_that_is_forbidden_says_what_to_do(home: Path) -> None:
+    command = with_statfs("os.execv('/file', ['file'])")
+    with daemon(home, command=command) as running, running.guest() as guest:
+        with pytest.raises(Disconnected):
+            guest.call(Opcode.STATFS, ROOT)
+        assert running.process.wait(DEADLINE) == -signal.SIGSYS
+        assert b"--seccomp log" in running.rest_of_log()
 
 
 # --- how it ends ---------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ The filter is built by libseccomp, which knows each machine's numbers; it is cal
 its Python bindings look for it with ``ldconfig``, and the 30 ms of that count in every mount's
 start. Where it is not installed there is no filter, and the log says so.
 
-The list is what the interpreter and its threads need, and files: nothing that executes a program,
-makes a connection, traces, mounts, loads or changes the machine.
+Three lists. What the interpreter, its threads and files need is allowed. What nobody calls by
+mistake, because it executes a program, connects, traces, mounts, loads or changes the machine,
+ends the daemon. All else is as on a kernel without it (ENOSYS), which the C library can live with:
+a list is made on one machine, and a newer library on another must not be the daemon's end.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 __all__ = ["prepare"]
 
@@ -47,7 +49,7 @@ _FILES: Final = (
 )
 _MEMORY: Final = (
     "brk", "mmap", "mmap2", "munmap", "mremap", "mprotect", "madvise", "mlock", "mlock2", "munlock",
-    "memfd_create", "membarrier", "msync", "mincore", "userfaultfd", "process_madvise",
+    "memfd_create", "membarrier", "msync", "mincore",
 )
 _WAITING: Final = (
     "poll", "ppoll", "ppoll_time64", "select", "_newselect", "pselect6", "epoll_create1",
@@ -71,16 +73,29 @@ _PROCESS: Final = (
     "sched_getscheduler", "getcpu", "getrandom", "clock_gettime", "clock_gettime64",
     "clock_getres", "gettimeofday", "time", "arch_prctl", "riscv_flush_icache",
 )
+_FORBIDDEN: Final = (
+    "execve", "execveat", "fork", "vfork", "ptrace", "process_vm_readv", "process_vm_writev",
+    "pidfd_getfd", "connect", "bind", "mount", "umount", "umount2", "pivot_root", "chroot", "setns",
+    "fsopen", "fsconfig", "fsmount", "fspick", "move_mount", "open_tree", "open_tree_attr",
+    "mount_setattr", "bpf", "perf_event_open", "userfaultfd", "io_uring_setup", "seccomp",
+    "add_key", "request_key", "keyctl", "init_module", "finit_module", "delete_module",
+    "kexec_load", "kexec_file_load", "reboot", "swapon", "swapoff", "acct", "quotactl",
+    "quotactl_fd", "syslog", "settimeofday", "clock_settime", "clock_adjtime", "adjtimex",
+    "sethostname", "setdomainname", "iopl", "ioperm", "modify_ldt",
+)
 # fmt: on
 #: What starts a thread may start a process too, but no user namespace, which would bring back the
 #: capabilities that the daemon has given up.
 _THREADS: Final = ("clone", "unshare")
 _NEW_USER_NAMESPACE: Final = 0x10000000
-#: The C library knows what to do without these: start threads with clone, whose flags can be seen
-#: here, and lose a line for a syslog that has gone.
-_REFUSED: Final = (("clone3", errno.ENOSYS), ("socket", errno.EPERM))
 _ERRNO: Final = 0x00050000
+_UNKNOWN: Final = _ERRNO | errno.ENOSYS
+#: Threads are started with clone, whose flags can be seen here, and a syslog that has gone costs
+#: its lines.
+_REFUSED: Final = (("clone3", _UNKNOWN), ("socket", _ERRNO | errno.EPERM))
 _MASKED_EQUAL: Final = 7
+#: What libseccomp says to a rule that changes nothing.
+_IS_DEFAULT: Final = -errno.EACCES
 
 
 #: ``struct scmp_arg_cmp``, 24 bytes: argument, comparison, mask, value.
@@ -92,7 +107,7 @@ def prepare(action: str) -> Callable[[], None]:
 
     Args:
         action: What a forbidden call does: ``kill`` the process, ``trap`` (SIGSYS), only ``log`` in
-            the kernel's log, or ``none`` for no filter at all.
+            the kernel's log, with whatever is on no list, or ``none`` for no filter at all.
 
     Returns:
         What sets it up, for this process and for good; no-new-privs must be set. It raises OSError
@@ -104,13 +119,13 @@ def prepare(action: str) -> Callable[[], None]:
     if library is None:
         logger.warning("no filter of system calls: libseccomp is not installed")
         return lambda: None
-    context = library.seccomp_init(_ACTIONS[action])
-    for name in _FILES + _MEMORY + _WAITING + _SOCKETS + _PROCESS:
-        _add(library, context, _ALLOW, name)
-    for name in _THREADS:
-        _add(library, context, _ALLOW, name, forbidden_bits=_NEW_USER_NAMESPACE)
-    for name, number in _REFUSED:
-        _add(library, context, _ERRNO | number, name)
+    context = library.seccomp_init(_ACTIONS["log"] if action == "log" else _UNKNOWN)
+    for name, act, bits, wanted in _rules(_ACTIONS[action]):
+        number = library.seccomp_syscall_resolve_name(name.encode())
+        if number >= 0:  # else this machine has no such call, or its library does not know it
+            compare = _COMPARE.pack(0, _MASKED_EQUAL, bits, wanted)
+            result = library.seccomp_rule_add_array(context, act, number, bool(bits), compare)
+            _check(0 if result == _IS_DEFAULT else result)
 
     def restrict() -> None:
         _check(library.seccomp_load(context))
@@ -138,15 +153,19 @@ def _load() -> Any:
     return library
 
 
-def _add(library: Any, context: int, action: int, name: str, forbidden_bits: int = 0) -> None:
-    """Add a rule; a call that this machine has not, or its library does not know, needs none."""
-    number = library.seccomp_syscall_resolve_name(name.encode())
-    if number < 0:
-        return
-    compare = _COMPARE.pack(0, _MASKED_EQUAL, forbidden_bits, 0)
-    _check(library.seccomp_rule_add_array(context, action, number, bool(forbidden_bits), compare))
+def _rules(forbidden: int) -> Iterator[tuple[str, int, int, int]]:
+    """Yield call, action, and what the bits of its first argument must be, as mask and value."""
+    for name in _FILES + _MEMORY + _WAITING + _SOCKETS + _PROCESS:
+        yield name, _ALLOW, 0, 0
+    for name in _FORBIDDEN:
+        yield name, forbidden, 0, 0
+    for name in _THREADS:
+        yield name, _ALLOW, _NEW_USER_NAMESPACE, 0
+        yield name, forbidden, _NEW_USER_NAMESPACE, _NEW_USER_NAMESPACE
+    for name, action in _REFUSED:
+        yield name, action, 0, 0
 
 
 def _check(result: int) -> None:
-    if result < 0:
+    if result < 0:  # a negative errno
         raise OSError(-result, os.strerror(-result))

@@ -11,6 +11,7 @@ import os
 import resource
 import select
 import signal
+import sys
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.errors import ExitCode
@@ -83,6 +84,11 @@ def _end_as(status: int) -> int:
     if not os.WIFSIGNALED(status):
         return os.WEXITSTATUS(status)
     number = os.WTERMSIG(status)
+    if number == signal.SIGSYS:
+        sys.stderr.write(
+            "vfsmount serve: ended for a system call that it may not make (--seccomp log lets it"
+            " pass, and the kernel's log has its number)\n"
+        )
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the child has left one, if any
     if number not in (signal.SIGKILL, signal.SIGSTOP):
         signal.signal(number, signal.SIG_DFL)
