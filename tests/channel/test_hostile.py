@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import pytest
 import trio
 import trio.lowlevel
+import trio.testing
 
 from tests.channel.support import Hoard, getattr_request, opened
 from tests.support.wait import wait_until_async
@@ -263,10 +264,17 @@ async def test_device_that_closes_during_the_orderly_end() -> None:
     assert isinstance(await channel.wait_ended(), ChannelClosed)
 
 
-async def test_device_that_is_mute_during_the_orderly_end() -> None:
+async def test_device_that_is_mute_during_the_orderly_end(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    """Time stands still while the device answers, and passes when only it could go on."""
     device = FakeDevice(reactions={FrontendRequest.GET_VRING_BASE: Reaction.IGNORE})
-    async with opened(device, connect_timeout=0.05) as channel:
+    async with opened(device, connect_timeout=1) as channel:
         await getattr_request(channel)
+        mock_clock.autojump_threshold = 0.01
+        before = trio.current_time()
+    assert FrontendRequest.GET_VRING_BASE.name in device.requests
+    assert trio.current_time() - before == pytest.approx(1)
 
 
 async def test_device_that_never_looks_at_its_rings() -> None:

@@ -151,6 +151,14 @@ class Process:
         self.answers.close()
 
 
+def first_to_answer(*processes: Process) -> Process:
+    """Wait until one of several calls has come to an end; return whose it was."""
+    by_pipe = {process.answers: process for process in processes}
+    ended = select.select(list(by_pipe), [], [], DEADLINE)[0]
+    assert ended, "no answer"
+    return by_pipe[ended[0]]
+
+
 class Sides:
     """The host directory, and two mounts of it.
 
@@ -358,10 +366,14 @@ def test_a_deadlock_is_told(sides: Sides) -> None:
     for first, second in both(sides):
         with two_processes(first, second) as (one, two):
             assert one.call("try f w 0 1") == two.call("try f w 1 1") == "done"
-            one.wait("wait f w 1 1")
-            assert two.call("wait f w 0 1") == "EDEADLOCK"  # another name of EDEADLK
-            assert two.call("try f u") == "done"
-            assert one.line() == "done"
+            one.begin("wait f w 1 1")
+            two.begin("wait f w 0 1")
+            # Who closes the circle is told: who comes second to the daemon, not here.
+            told, other = (one, two) if first_to_answer(one, two) is one else (two, one)
+            assert told.line() == "EDEADLOCK"  # another name of EDEADLK
+            assert not other.ready()
+            assert told.call("try f u") == "done"
+            assert other.line() == "done"
 
 
 def test_waits_given_up_leave_nothing_with_the_daemon(sides: Sides) -> None:
