@@ -14,7 +14,7 @@ from vfsmount.cache.policy import CachePolicy
 from vfsmount.client.relay_init import flags_to_withdraw, init_answer
 from vfsmount.client.relay_memory import (
     SetIdMemory,
-    wants_set_id_cleared,
+    flags_of_write,
 )
 from vfsmount.client.relay_rewrite import negative_entry, reply_rewriters
 from vfsmount.client.relay_rooms import largest_request, room_for_reply
@@ -323,6 +323,6 @@ def test_modes_are_seen_in_all_replies_that_have_them() -> None:
 
 
 def test_who_writes() -> None:
-    for flags, expected in ((0, False), (fuse.WriteFlag.KILL_SUIDGID, True)):
+    for flags in (0, fuse.WriteFlag.KILL_SUIDGID, fuse.WriteFlag.CACHE):
         body = fuse.WRITE_IN.values(1, 0, 4, flags, 0, 0) + b"data"
-        assert wants_set_id_cleared(request(Opcode.WRITE, body), AT) is expected
+        assert flags_of_write(request(Opcode.WRITE, body), AT) == flags

@@ -29,6 +29,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 
 from vfsmount.cache.freshness import NOTHING_KNOWN, Freshness, signature_of
+from vfsmount.cache.shortages import Shortages
 from vfsmount.cache.xattrs import AbsentXattrs
 from vfsmount.client.listings import KeptListings, dot_line, read_dot_line
 from vfsmount.client.nodes import NodeTable
@@ -198,6 +199,7 @@ class VirtioFsOperations(pyfuse3.Operations):
         self._policy = policy
         self._fresh = Freshness()
         self._absent_xattrs = AbsentXattrs(policy.attr_timeout)
+        self._shortages = Shortages()
         self._listings = (
             KeptListings(policy, self.nodes, self._release_node) if policy.dir_timeout else None
         )
@@ -240,6 +242,7 @@ class VirtioFsOperations(pyfuse3.Operations):
         for nodeid, nlookup in owed:
             self._fresh.forget(nodeid)
             self._absent_xattrs.forget(nodeid)
+            self._shortages.truncate(nodeid, 0)
             if self._listings is not None:
                 self._listings.gone(nodeid)
             self._session.forget(nodeid, nlookup)
@@ -380,8 +383,10 @@ class VirtioFsOperations(pyfuse3.Operations):
             kill_suidgid=kills and self._killpriv_v2,
         )
         reply = await self._session.setattr(node.nodeid, changes, ctx)
-        if self.behind is not None and fields.update_size:
-            self.behind.truncate(node.nodeid, attr.st_size)
+        if fields.update_size:
+            self._shortages.truncate(node.nodeid, attr.st_size)
+            if self.behind is not None:
+                self.behind.truncate(node.nodeid, attr.st_size)
         return self._attributes(node, reply.attr, reply)
 
     @_handler
@@ -464,6 +469,7 @@ class VirtioFsOperations(pyfuse3.Operations):
         keep = self._policy.keep_cache
         if flags & os.O_TRUNC:
             self._fresh.forget(node.nodeid)
+            self._shortages.truncate(node.nodeid, 0)
             if self.behind is not None:
                 self.behind.truncate(node.nodeid, 0)
             self._changes += 1
@@ -572,7 +578,10 @@ class VirtioFsOperations(pyfuse3.Operations):
     async def _write_through(self, file: _File, off: int, buf: bytes, write_flags: int) -> int:
         nodeid, limit = file.node.nodeid, self._session.facts.max_write
         if len(buf) <= limit:
-            return await self._session.write(nodeid, file.fh, off, buf, write_flags, file.flags)
+            done = await self._session.write(nodeid, file.fh, off, buf, write_flags, file.flags)
+            if done < len(buf) or self._shortages:
+                self._note_shortage(nodeid, off, done, len(buf))
+            return done
         done, view = 0, memoryview(buf)
         while done < len(buf):
             piece = view[done : done + limit]
@@ -582,7 +591,14 @@ class VirtioFsOperations(pyfuse3.Operations):
             done += written
             if written < len(piece):
                 break
+        self._note_shortage(nodeid, off, done, len(buf))
         return done
+
+    def _note_shortage(self, nodeid: int, off: int, done: int, size: int) -> None:
+        if self._shortages:
+            self._shortages.wrote(nodeid, off, off + done)
+        if done < size:
+            self._shortages.missed(nodeid, off + done, off + size)
 
     async def _settle(self, file: _File) -> None:
         """Write behind no more for a handle.
@@ -594,6 +610,9 @@ class VirtioFsOperations(pyfuse3.Operations):
             number = await self.behind.settle(file.node.nodeid, file)
             if number:
                 raise FUSEError(number)
+        if self._shortages and self._shortages.take(file.node.nodeid):
+            # The host did not say why: at the end of the room, nearly always.
+            raise FUSEError(errno.ENOSPC)
 
     async def _write_out(self, node: Node) -> None:
         if self.behind is not None and self.behind.settles(node.nodeid):

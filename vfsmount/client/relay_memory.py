@@ -14,7 +14,7 @@ from vfsmount.wire import fuse
 if TYPE_CHECKING:
     import mmap
 
-__all__ = ["SetIdMemory", "wants_set_id_cleared"]
+__all__ = ["SetIdMemory", "flags_of_write"]
 
 _IN: Final = fuse.IN_HEADER.size
 _U32: Final = struct.Struct("<I")
@@ -25,10 +25,10 @@ _SET_ID: Final = stat.S_ISUID | stat.S_ISGID
 _WRITE_FLAGS_AT: Final = _IN + 20
 
 
-def wants_set_id_cleared(memory: mmap.mmap, at: int) -> bool:
-    """Whether the WRITE at ``at`` comes from somebody whose writing clears set-id bits."""
+def flags_of_write(memory: mmap.mmap, at: int) -> int:
+    """Return ``write_flags`` of the WRITE at ``at``: whose it is, as ``WriteFlag``."""
     flags: int = _U32.unpack_from(memory, at + _WRITE_FLAGS_AT)[0]
-    return bool(flags & fuse.WriteFlag.KILL_SUIDGID)
+    return flags
 
 
 class SetIdMemory:

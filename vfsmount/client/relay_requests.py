@@ -15,6 +15,7 @@ import os
 import stat
 import struct
 from contextlib import suppress
+from copy import copy
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
@@ -22,15 +23,15 @@ from vfsmount.cache.xattrs import AbsentXattrs
 from vfsmount.channel.inflight import POSTED, SENT, Pending
 from vfsmount.client.relay_memory import (
     SetIdMemory,
-    wants_set_id_cleared,
+    flags_of_write,
 )
 from vfsmount.client.relay_opens import CHANGES, invalidation
-from vfsmount.client.relay_rewrite import flags_below_writeback
+from vfsmount.client.relay_rewrite import flags_below_writeback, judge_write_back
 from vfsmount.client.relay_rooms import named_rooms, small_rooms
 from vfsmount.client.relay_slots import SMALL_REPLY
 from vfsmount.client.session import setattr_in
 from vfsmount.wire import fuse
-from vfsmount.wire.fuse import LockType, Opcode
+from vfsmount.wire.fuse import LockType, Opcode, WriteFlag
 
 if TYPE_CHECKING:
     import mmap
@@ -66,6 +67,8 @@ _FLOCK_UNLOCK: Final = int(fuse.ReleaseFlag.FLOCK_UNLOCK)
 _MODE: Final = int(fuse.SetattrValid.MODE)
 _MODE_AT: Final = 68  # of setattr_in
 _SET_ID: Final = stat.S_ISUID | stat.S_ISGID
+_OF_PAGES: Final = int(WriteFlag.CACHE)
+_CLEARS_SET_ID: Final = int(WriteFlag.KILL_SUIDGID)
 _COPY_TARGET_AT: Final = 24  # copy_file_range_in: fh_in, off_in, nodeid_out, fh_out
 
 #: RELEASEs that wait for a kick without company.
@@ -129,6 +132,9 @@ def make_routes(
         routes[opcode].rewrite = rules.xattr_changed
     for opcode in CHANGES if checks_opens else ():
         routes[opcode].changes = True
+    # The kernel writes pages back in all modes: maps that are shared can be had in ``none`` too.
+    rules.write_back = copy(routes[Opcode.WRITE])
+    rules.write_back.rewrite = judge_write_back
     return routes
 
 
@@ -149,6 +155,7 @@ class RequestRules:
     Attributes:
         modes: Files with set-id bits.
         absent: Extended attributes that files do not have.
+        write_back: The route of a WRITE of the kernel's pages, whose caller sees errors alone.
         passthrough: Files that the kernel reads and writes by itself; None without DAX.
     """
 
@@ -166,6 +173,7 @@ class RequestRules:
         self.modes = SetIdMemory()
         self.absent = AbsentXattrs(policy.attr_timeout)
         self.late: LateReplies
+        self.write_back: Route
         self.passthrough = opens.passthrough
         self._map = loan.memory.map
         self._queue = loan.requests
@@ -336,7 +344,10 @@ class RequestRules:
         if at + size > slot.touched:
             slot.touched = at + size
         self._wrote.add(_U64(self._map, at + _IN)[0])
-        return wants_set_id_cleared(self._map, at) and self._must_wait_for_mode(slot, nodeid)
+        flags = flags_of_write(self._map, at)
+        if flags & _OF_PAGES:
+            slot.route = self.write_back
+        return bool(flags & _CLEARS_SET_ID) and self._must_wait_for_mode(slot, nodeid)
 
     def _must_wait_for_mode(self, slot: Slot, nodeid: int) -> bool:
         """Send a SETATTR ahead of a write that clears set-id bits; return whether there was one."""

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Final
 from vfsmount.cache.freshness import SIGNATURE_AT, SIGNATURE_SIZE
 from vfsmount.cache.policy import FOREVER
 from vfsmount.wire import fuse
-from vfsmount.wire.fuse import Opcode, OpenOutFlag, WriteFlag
+from vfsmount.wire.fuse import Opcode, OpenOutFlag
 
 if TYPE_CHECKING:
     import mmap
@@ -50,7 +50,13 @@ if TYPE_CHECKING:
     #: that the request named, and the offset of that.
     Rewriter: TypeAlias = Callable[[mmap.mmap, int, int, int, int], None]
 
-__all__ = ["ShortWriteBack", "flags_below_writeback", "negative_entry", "reply_rewriters"]
+__all__ = [
+    "ShortWriteBack",
+    "flags_below_writeback",
+    "judge_write_back",
+    "negative_entry",
+    "reply_rewriters",
+]
 
 _IN: Final = fuse.IN_HEADER.size
 _ENTRY_VALID: Final = struct.Struct("<QQII")  # entry_out from offset 16: both validities
@@ -73,7 +79,6 @@ _ATTR_SIGNATURE: Final = 16 + SIGNATURE_AT
 _POLICY_FLAGS: Final = OpenOutFlag.DIRECT_IO | OpenOutFlag.KEEP_CACHE | OpenOutFlag.CACHE_DIR
 #: Means something only with backing files, which there are none of.
 _NEVER_FLAGS: Final = OpenOutFlag.PASSTHROUGH
-_WRITE_SIZE: Final = struct.Struct("<II")  # write_in: size and write_flags at 16
 _WRITE_SIZE_AT: Final = _IN + 16
 
 
@@ -190,13 +195,6 @@ def reply_rewriters(
             # least, so this ends, and stays inside the reply.
             at += (_DIRENTPLUS + _NAME_LENGTH(memory, at + _NAME_LENGTH_AT)[0] + 7) & -8
 
-    def written(memory: mmap.mmap, at: int, _length: int, _nodeid: int, request: int) -> None:
-        asked_at = request + _WRITE_SIZE_AT
-        if memory[at : at + 4] != memory[asked_at : asked_at + 4]:
-            asked, flags = _WRITE_SIZE.unpack_from(memory, asked_at)
-            if flags & WriteFlag.CACHE and _U32.unpack_from(memory, at)[0] < asked:
-                raise ShortWriteBack
-
     table: dict[Opcode, Rewriter] = {Opcode.OPEN: opened_file, Opcode.OPENDIR: opened_dir}
     table |= dict.fromkeys((Opcode.CREATE, Opcode.TMPFILE), created)
     if not from_host or modes is not None:
@@ -206,8 +204,6 @@ def reply_rewriters(
         table[Opcode.READDIRPLUS] = listed
     if not from_host:
         table[Opcode.STATX] = statx
-    if not policy.direct_io:  # else nothing is written back but shared maps, if the kernel has them
-        table[Opcode.WRITE] = written
     return {int(opcode): rewriter for opcode, rewriter in table.items()}
 
 
@@ -241,6 +237,17 @@ class ListingAges:
         if len(self._since) > self._LIMIT:
             del self._since[next(iter(self._since))]
         return OpenOutFlag.CACHE_DIR
+
+
+def judge_write_back(memory: mmap.mmap, at: int, _length: int, _nodeid: int, request: int) -> None:
+    """As a rewriter, of a WRITE of the kernel's own pages (FUSE_WRITE_CACHE).
+
+    Raises:
+        ShortWriteBack: The daemon took less than all.
+    """
+    (asked,) = _U32.unpack_from(memory, request + _WRITE_SIZE_AT)
+    if _U32.unpack_from(memory, at)[0] < asked:
+        raise ShortWriteBack
 
 
 def negative_entry(policy: CachePolicy) -> bytes | None:
