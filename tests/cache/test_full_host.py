@@ -172,11 +172,8 @@ def test_mapped_pages_without_writeback(daemon_kind: str, engine: str, cache: st
         (here.path / "mapped").open("w+b", buffering=0) as file,
     ):
         file.truncate(WRITTEN)
-        try:
-            pages = mmap.mmap(file.fileno(), WRITTEN)
-        except OSError as error:
-            assert (error.errno, cache) == (errno.ENODEV, "none")
+        if cache == "none" and told(lambda: mmap.mmap(file.fileno(), 1).close()) == "ENODEV":
             pytest.skip("this kernel has no shared maps of files that it does not cache")
-        with pages:
+        with mmap.mmap(file.fileno(), WRITTEN) as pages:
             pages[:] = b"m" * WRITTEN
             assert told(pages.flush) == "ENOSPC"
