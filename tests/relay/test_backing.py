@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vfsmount.client import relay_backing
-from vfsmount.client.relay_backing import BackingFiles, drop_capabilities, problem
+from vfsmount.client.relay import backing
+from vfsmount.client.relay.backing import BackingFiles, drop_capabilities, problem
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import InitFlag
 
@@ -87,7 +87,7 @@ def test_registered_and_forgotten(device: int, tmp_path: Path) -> None:
 
 def test_tried_before_it_is_promised(device: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert problem(device) == ""
-    monkeypatch.setattr(relay_backing, "_UNWANTED", _SYS_ADMIN)
+    monkeypatch.setattr(backing, "_UNWANTED", _SYS_ADMIN)
 
     def without() -> str:
         drop_capabilities()

@@ -16,7 +16,7 @@ import trio
 from tests.support.daemons import start_daemon
 from vfsmount.cache.policy import CachePolicy
 from vfsmount.client.engine import RelayEngine
-from vfsmount.client.relay_init import SHARED_FLAGS
+from vfsmount.client.relay.init import SHARED_FLAGS
 from vfsmount.client.session import Session, connect
 from vfsmount.errors import MountError
 from vfsmount.testing.fake_device import DeviceRequest, FakeDevice

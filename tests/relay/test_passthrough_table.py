@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vfsmount.client import relay_passthrough
-from vfsmount.client.relay_opens import OpenCheck
-from vfsmount.client.relay_passthrough import Passthrough
+from vfsmount.client.relay import passthrough
+from vfsmount.client.relay.opens import OpenCheck
+from vfsmount.client.relay.passthrough import Passthrough
 from vfsmount.wire.fuse import Opcode, OpenOutFlag
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vfsmount.channel.inflight import Pending
-    from vfsmount.client.relay_slots import Slot
+    from vfsmount.client.relay.slots import Slot
 
 REQUEST, REPLY = 0, 256
 PASSED = int(OpenOutFlag.PASSTHROUGH)
@@ -227,7 +227,7 @@ def test_set_id_bits_are_the_daemon_s_business(stage: Stage) -> None:
 def test_it_gives_up_where_nothing_can_be_had(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay_passthrough, "_PATIENCE", 3)
+    monkeypatch.setattr(passthrough, "_PATIENCE", 3)
     stage.refusal = errno.ELOOP
     for nodeid in (2, 3, 3, 4):
         assert stage.open(nodeid)[2] & PASSED == 0
@@ -238,7 +238,7 @@ def test_it_gives_up_where_nothing_can_be_had(
 
 
 def test_no_more_ids_are_kept_than_agreed(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay_passthrough, "_KEPT", 3)
+    monkeypatch.setattr(passthrough, "_KEPT", 3)
     for nodeid in range(2, 8):
         stage.table.released(stage.open(nodeid)[1])
     assert len(stage.opened) == 3

@@ -431,7 +431,7 @@ async def test_a_caller_that_lives_waits(monkeypatch: pytest.MonkeyPatch) -> Non
     keeper = Keeper(Opcode.LOOKUP)
     dying = threading.Event()
     monkeypatch.setattr(
-        "vfsmount.client.relay_interrupts.is_being_killed", lambda _: dying.is_set()
+        "vfsmount.client.relay.interrupts.is_being_killed", lambda _: dying.is_set()
     )
     async with on_stage(keeper) as stage:
         unique = stage.send(Opcode.LOOKUP, 1, b"name\0", pid=1)

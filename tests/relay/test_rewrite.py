@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfsmount.cache.policy import CachePolicy
-from vfsmount.client.relay_init import flags_to_withdraw, init_answer
-from vfsmount.client.relay_memory import (
+from vfsmount.client.relay.init import flags_to_withdraw, init_answer
+from vfsmount.client.relay.memory import (
     SetIdMemory,
     flags_of_write,
 )
-from vfsmount.client.relay_rewrite import negative_entry, reply_rewriters
-from vfsmount.client.relay_rooms import largest_request, room_for_reply
+from vfsmount.client.relay.rewrite import negative_entry, reply_rewriters
+from vfsmount.client.relay.rooms import largest_request, room_for_reply
 from vfsmount.client.session import InitFacts
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import InitFlag, Opcode, OpenOutFlag

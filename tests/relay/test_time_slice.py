@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from vfsmount.client import time_slice
+from vfsmount.client.relay import time_slice
 
 SCHED_GETATTR = {"x86_64": 315, "aarch64": 275, "riscv64": 275}
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfsmount.client.relay_undo import Undo, undo_late_reply
+from vfsmount.client.relay.undo import Undo, undo_late_reply
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import LockType, Opcode
 

@@ -21,10 +21,10 @@ import trio
 
 from vfsmount.client.eager import eager_trio
 from vfsmount.client.operations import VirtioFsOperations
-from vfsmount.client.relay import Relay
-from vfsmount.client.relay_backing import problem
-from vfsmount.client.relay_init import flags_to_withdraw, init_answer, why_no_passthrough
-from vfsmount.client.time_slice import lengthen_slice
+from vfsmount.client.relay.backing import problem
+from vfsmount.client.relay.init import flags_to_withdraw, init_answer, why_no_passthrough
+from vfsmount.client.relay.loop import Relay
+from vfsmount.client.relay.time_slice import lengthen_slice
 from vfsmount.errors import MountError, WireError
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import InitFlag, Opcode

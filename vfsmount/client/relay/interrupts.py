@@ -28,7 +28,7 @@ from vfsmount.wire.fuse import LockType, Opcode
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vfsmount.client.relay_slots import Slot
+    from vfsmount.client.relay.slots import Slot
 
 __all__ = ["LOOK_SECONDS", "Interrupts", "is_being_killed"]
 

@@ -14,7 +14,7 @@ What is parked may answer one GETATTR, if nothing was changed here meanwhile: a 
 its way when we asked might or might not be in the answer, so then nothing is parked. Nor is
 anything while the kernel writes to the file without our seeing it.
 
-With DAX an open waits for its backing file as well (``relay_passthrough``), in every mode.
+With DAX an open waits for its backing file as well (``passthrough``), in every mode.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.cache.freshness import SIGNATURE_AT, SIGNATURE_SIZE, Freshness
 from vfsmount.channel.inflight import Pending
-from vfsmount.client.relay_passthrough import CREATES
+from vfsmount.client.relay.passthrough import CREATES
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import NotifyCode, Opcode, OpenOutFlag
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from vfsmount.cache.freshness import Verdict
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.channel.loan import Loan
-    from vfsmount.client.relay_passthrough import Passthrough
-    from vfsmount.client.relay_slots import Slot
+    from vfsmount.client.relay.passthrough import Passthrough
+    from vfsmount.client.relay.slots import Slot
 
 __all__ = ["CHANGES", "OpenCheck", "OpenChecks", "invalidation"]
 
@@ -71,7 +71,7 @@ class OpenCheck:
         pending: Its GETATTR, while that is on its way.
         replied: The OPEN itself is through.
         waits: For a backing file.
-        wants: What it wants of that, see ``relay_passthrough``.
+        wants: What it wants of that, see ``passthrough``.
         is_checked: There is to be a GETATTR.
         nodeid: Whose; 0 as long as nobody knows.
         body: The GETATTR's ``fuse_attr_out``; None when there is none.

@@ -3,14 +3,14 @@
 A FUSE request of the kernel is a virtio-fs message as it stands, and so is the reply; this file is
 the complete list of exceptions:
 
-* INIT is answered by us: the session has done its own with the daemon (``relay_init``).
+* INIT is answered by us: the session has done its own with the daemon (``init``).
 * Validity times and open flags in replies become those of the cache policy (``reply_rewriters``),
   except in mode ``host``.
 * A handle that cannot write wants no FLUSH, and one that has written nothing gets none, where the
   daemon has no locks to give up at a FLUSH.
 * "No such name" becomes a negative entry where the policy remembers absence (``negative_entry``).
 * Set-id bits are taken off before a write that must clear them, where the daemon will not
-  (``relay_memory``).
+  (``memory``).
 * A short WRITE of the kernel's pages, which it would not notice, is an error (``ShortWriteBack``).
 * Below the kernel's write-back a file is opened readable and not for appending
   (``flags_below_writeback``).
@@ -20,7 +20,7 @@ the complete list of exceptions:
 * Extended attributes that are known to be absent are answered from memory (``cache.xattrs``), above
   all ``security.capability``, for which the kernel asks before each write.
 
-The room for each reply follows from the request (``relay_rooms``). Rewriters get shared memory
+The room for each reply follows from the request (``rooms``). Rewriters get shared memory
 that the daemon can still write to. They only ever store the policy's own values at offsets that lie
 inside the reply, so a daemon that writes at the same time can spoil nothing but its own reply.
 """
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from vfsmount.cache.freshness import Freshness
     from vfsmount.cache.policy import CachePolicy
-    from vfsmount.client.relay_memory import SetIdMemory
+    from vfsmount.client.relay.memory import SetIdMemory
 
     #: Puts the policy's values into a reply body: memory, offset there, bytes of body, and the node
     #: that the request named, and the offset of that.

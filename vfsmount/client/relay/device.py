@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.channel.inflight import ABANDONED, SENT, Pending
-from vfsmount.client.relay_slots import Slot
+from vfsmount.client.relay.slots import Slot
 from vfsmount.errors import ProtocolViolation
 
 if TYPE_CHECKING:
     from vfsmount.channel.loan import Loan
-    from vfsmount.client.relay_opens import OpenChecks
-    from vfsmount.client.relay_orders import Orders
+    from vfsmount.client.relay.opens import OpenChecks
+    from vfsmount.client.relay.orders import Orders
 
 __all__ = ["DevicePort"]
 

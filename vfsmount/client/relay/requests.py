@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.cache.xattrs import AbsentXattrs
 from vfsmount.channel.inflight import POSTED, SENT, Pending
-from vfsmount.client.relay_memory import (
+from vfsmount.client.relay.memory import (
     SetIdMemory,
     flags_of_write,
 )
-from vfsmount.client.relay_opens import CHANGES, invalidation
-from vfsmount.client.relay_rewrite import flags_below_writeback, judge_write_back
-from vfsmount.client.relay_rooms import named_rooms, small_rooms
-from vfsmount.client.relay_slots import SMALL_REPLY
+from vfsmount.client.relay.opens import CHANGES, invalidation
+from vfsmount.client.relay.rewrite import flags_below_writeback, judge_write_back
+from vfsmount.client.relay.rooms import named_rooms, small_rooms
+from vfsmount.client.relay.slots import SMALL_REPLY
 from vfsmount.client.session import setattr_in
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import LockType, Opcode, WriteFlag
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.channel.loan import Loan
     from vfsmount.channel.statistics import OpcodeCounter
-    from vfsmount.client.relay_device import DevicePort
-    from vfsmount.client.relay_kernel import KernelPort
-    from vfsmount.client.relay_late import LateReplies
-    from vfsmount.client.relay_opens import OpenChecks
-    from vfsmount.client.relay_rewrite import Rewriter
-    from vfsmount.client.relay_slots import Slot
+    from vfsmount.client.relay.device import DevicePort
+    from vfsmount.client.relay.kernel import KernelPort
+    from vfsmount.client.relay.late import LateReplies
+    from vfsmount.client.relay.opens import OpenChecks
+    from vfsmount.client.relay.rewrite import Rewriter
+    from vfsmount.client.relay.slots import Slot
 
     #: Slot, offset of the request, its bytes, its nodeid; whether it has been dealt with.
     Handler: TypeAlias = Callable[[Slot, int, int, int], bool]

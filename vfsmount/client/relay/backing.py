@@ -7,7 +7,7 @@ this file knows of it, measured on 6.18:
   that is not stacked itself (overlayfs: ELOOP).
 * **The rights of the descriptor do not count.** For each open the kernel opens the file anew, with
   the flags of that open and no look at permissions. So who answers an OPEN must have seen a
-  descriptor that allows what the open wants (``relay_passthrough``), and may register a read-only
+  descriptor that allows what the open wants (``passthrough``), and may register a read-only
   one for everybody. It does, because a file that is held open for writing cannot be executed at
   the host (ETXTBSY).
 * **Reads and writes run with the credentials of the registering thread.** With CAP_FSETID among

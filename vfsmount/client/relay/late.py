@@ -1,7 +1,7 @@
 """Requests answered before their time, and what becomes of the replies that come too late.
 
 The device keeps the slot of such a request as long as it likes. What its reply hands out
-(references, handles, locks) is given back then; ``relay_undo`` says how.
+(references, handles, locks) is given back then; ``undo`` says how.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.channel.inflight import ABANDONED
-from vfsmount.client.relay_interrupts import Interrupts
-from vfsmount.client.relay_undo import undo_late_reply
+from vfsmount.client.relay.interrupts import Interrupts
+from vfsmount.client.relay.undo import undo_late_reply
 from vfsmount.wire import fuse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vfsmount.channel.loan import Loan
-    from vfsmount.client.relay_device import DevicePort
-    from vfsmount.client.relay_kernel import KernelPort
-    from vfsmount.client.relay_slots import Slot
+    from vfsmount.client.relay.device import DevicePort
+    from vfsmount.client.relay.kernel import KernelPort
+    from vfsmount.client.relay.slots import Slot
 
 __all__ = ["LateReplies"]
 

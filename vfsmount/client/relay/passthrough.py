@@ -2,7 +2,7 @@
 
 The daemon gives out a file's descriptor when a part of the file is set up in the DAX window. The
 relay has no use for the window: it registers the descriptor as the kernel's backing file of the
-inode (``relay_backing``), and no READ or WRITE comes any more. Data are the host's page cache.
+inode (``backing``), and no READ or WRITE comes any more. Data are the host's page cache.
 
     OPEN      a SETUPMAPPING goes along in the same kick, unless the inode has its backing file
     CREATE    one follows the reply, which waits for it
@@ -20,7 +20,7 @@ The rules of the kernel, and ours:
 * An id is kept for a while after the last RELEASE (``_KEPT``), and never longer than the kernel
   knows the inode. The daemon keeps the inode that long in any case.
 * A file with set-id bits is written to by message, unless it is passed through already: whose
-  writes take the bits off cannot be said to the kernel (``relay_backing``).
+  writes take the bits off cannot be said to the kernel (``backing``).
 * What was refused for good is not asked for again; after a series of refusals and no success,
   nothing is.
 """
@@ -35,14 +35,14 @@ import struct
 from typing import TYPE_CHECKING, Any, Final
 
 from vfsmount.channel.inflight import Pending
-from vfsmount.client.relay_backing import drop_capabilities
+from vfsmount.client.relay.backing import drop_capabilities
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import Opcode, OpenOutFlag, SetupmappingFlag
 
 if TYPE_CHECKING:
     from vfsmount.channel.loan import Loan
-    from vfsmount.client.relay_backing import BackingFiles
-    from vfsmount.client.relay_slots import Slot
+    from vfsmount.client.relay.backing import BackingFiles
+    from vfsmount.client.relay.slots import Slot
     from vfsmount.dax_shm.window import Window
 
 __all__ = ["CREATES", "Passthrough"]

@@ -8,8 +8,8 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.channel.inflight import ABANDONED, POSTED
-from vfsmount.client.relay_interrupts import LOOK_SECONDS
-from vfsmount.client.relay_kernel import ENDED
+from vfsmount.client.relay.interrupts import LOOK_SECONDS
+from vfsmount.client.relay.kernel import ENDED
 from vfsmount.errors import ProtocolViolation
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import Opcode
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from vfsmount.channel.virtqueue import Virtqueue
-    from vfsmount.client.relay_kernel import KernelPort
-    from vfsmount.client.relay_orders import Orders
-    from vfsmount.client.relay_slots import Slot
+    from vfsmount.client.relay.kernel import KernelPort
+    from vfsmount.client.relay.orders import Orders
+    from vfsmount.client.relay.slots import Slot
 
 __all__ = ["DRAIN_SECONDS", "drain", "fail_all", "serve_lost"]
 

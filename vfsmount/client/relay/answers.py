@@ -13,8 +13,8 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.channel.statistics import OpcodeCounter
-from vfsmount.client.relay_opens import invalidation
-from vfsmount.client.relay_rewrite import ShortWriteBack, negative_entry
+from vfsmount.client.relay.opens import invalidation
+from vfsmount.client.relay.rewrite import ShortWriteBack, negative_entry
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import Opcode
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.cache.xattrs import AbsentXattrs
     from vfsmount.channel.loan import Loan
-    from vfsmount.client.relay_kernel import KernelPort
-    from vfsmount.client.relay_late import LateReplies
-    from vfsmount.client.relay_opens import OpenChecks
-    from vfsmount.client.relay_slots import Slot
+    from vfsmount.client.relay.kernel import KernelPort
+    from vfsmount.client.relay.late import LateReplies
+    from vfsmount.client.relay.opens import OpenChecks
+    from vfsmount.client.relay.slots import Slot
 
 __all__ = ["Answers"]
 

@@ -5,18 +5,19 @@
 A request is read into the memory that the device sees, looked at just enough to know how long its
 reply may be, and made available. The reply is written to the kernel from where the device put it.
 Nothing is copied in between, and nothing is decoded but the 40 bytes of the header. What is changed
-on the way is listed in ``relay_rewrite``. This file has the loop; what it joins:
+on the way is listed in ``rewrite``. This file has the loop; what it joins:
 
-    relay_kernel, relay_device    the two ends
-    relay_requests                requests that are answered, changed or noted here, by opcode
-    relay_answers                 replies
-    relay_late, relay_undo,       requests answered before their time
-    relay_interrupts
-    relay_opens                   what goes with an OPEN: the check in mode ``auto``, and
-    relay_passthrough,            backing files, with which the kernel reads and writes by itself
-    relay_backing
-    relay_slots, relay_rooms      where messages lie, and how much room they get
-    relay_orders, relay_ending    what other threads say; the end
+    kernel, device          the two ends
+    requests                requests that are answered, changed or noted here, by opcode
+    answers                 replies
+    late, undo, interrupts  requests answered before their time
+    opens                   what goes with an OPEN: the check in mode ``auto``, and
+    passthrough, backing    backing files, with which the kernel reads and writes by itself
+    memory                  what is remembered so that a write needs no question
+    slots, rooms            where messages lie, and how much room they get
+    orders, ending          what other threads say; the end
+    init                    INIT, before the loop
+    time_slice              who runs next on one CPU
 
 Theory of operation. The loop does whatever there is to do and looks again:
 
@@ -47,20 +48,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vfsmount.channel.inflight import ABANDONED, DONE, POSTED, Pending
 from vfsmount.channel.rings import PollBudget
-from vfsmount.client.relay_answers import Answers
-from vfsmount.client.relay_backing import BackingFiles
-from vfsmount.client.relay_device import DevicePort
-from vfsmount.client.relay_ending import drain, fail_all, serve_lost
-from vfsmount.client.relay_interrupts import LOOK_SECONDS
-from vfsmount.client.relay_kernel import ENDED, KernelPort
-from vfsmount.client.relay_late import LateReplies
-from vfsmount.client.relay_opens import OpenChecks
-from vfsmount.client.relay_orders import Orders
-from vfsmount.client.relay_passthrough import Passthrough
-from vfsmount.client.relay_requests import ROUTES, RequestRules, make_routes
-from vfsmount.client.relay_rewrite import reply_rewriters
-from vfsmount.client.relay_rooms import largest_request, room_for_reply
-from vfsmount.client.relay_slots import Slot, SlotPool
+from vfsmount.client.relay.answers import Answers
+from vfsmount.client.relay.backing import BackingFiles
+from vfsmount.client.relay.device import DevicePort
+from vfsmount.client.relay.ending import drain, fail_all, serve_lost
+from vfsmount.client.relay.interrupts import LOOK_SECONDS
+from vfsmount.client.relay.kernel import ENDED, KernelPort
+from vfsmount.client.relay.late import LateReplies
+from vfsmount.client.relay.opens import OpenChecks
+from vfsmount.client.relay.orders import Orders
+from vfsmount.client.relay.passthrough import Passthrough
+from vfsmount.client.relay.requests import ROUTES, RequestRules, make_routes
+from vfsmount.client.relay.rewrite import reply_rewriters
+from vfsmount.client.relay.rooms import largest_request, room_for_reply
+from vfsmount.client.relay.slots import Slot, SlotPool
 from vfsmount.errors import ProtocolViolation
 from vfsmount.wire import fuse
 
