@@ -13,6 +13,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.channel.statistics import OpcodeCounter
+from vfsmount.client.relay.listings import names_as_plus
 from vfsmount.client.relay.opens import invalidation
 from vfsmount.client.relay.rewrite import ShortWriteBack, negative_entry
 from vfsmount.wire import fuse
@@ -109,6 +110,9 @@ class Answers:
                 self._kernel.answer(slot.answers, errno.ENOSPC)
                 return
         if slot.check is not None and not self._may_open(slot):
+            return
+        if route.names_alone:
+            self._kernel.answer_body(slot.answers, names_as_plus(self._map, at, length))
             return
         if slot.answers != slot.unique:
             self._kernel.answer(slot.answers)

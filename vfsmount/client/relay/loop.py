@@ -11,6 +11,7 @@ on the way is listed in ``rewrite``. This file has the loop; what it joins:
     requests                requests that are answered, changed or noted here, by opcode
     answers                 replies
     late, undo, interrupts  requests answered before their time
+    listings                listings of what the kernel knows
     opens                   what goes with an OPEN: the check in mode ``auto``, and
     passthrough, backing    backing files, with which the kernel reads and writes by itself
     memory                  what is remembered so that a write needs no question
@@ -187,7 +188,8 @@ class Relay:
         self._answers = Answers(loan, policy, self._kernel, self._opens, self._late, rules.absent)
         modes = None if clears_set_id else rules.modes
         no_flush = quiet_flush and not keeps_locks
-        rewriters = reply_rewriters(policy, modes, self._opens.fresh, no_flush=no_flush)
+        fresh, known = self._opens.fresh, rules.known if policy.revalidate else None
+        rewriters = reply_rewriters(policy, modes, fresh, known, no_flush=no_flush)
         self._routes = make_routes(rules, rewriters, checks_opens=policy.revalidate)
         # Two sets to sleep on: with and without the kernel's requests (back-pressure). Calls are
         # edge triggered, because the eventfd is shared with the daemon and is never read.

@@ -16,11 +16,13 @@ import stat
 import struct
 from contextlib import suppress
 from copy import copy
-from time import perf_counter_ns
+from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
+from vfsmount.cache.known_names import KnownNames
 from vfsmount.cache.xattrs import AbsentXattrs
 from vfsmount.channel.inflight import POSTED, SENT, Pending
+from vfsmount.client.relay.listings import OFFSET_AT, SIZE_AT, room_for_names
 from vfsmount.client.relay.memory import (
     SetIdMemory,
     flags_of_write,
@@ -92,9 +94,20 @@ class Route:
         is_known: It is the route of this opcode alone.
         rewrite: Puts the cache policy's values into the reply; None for most.
         counter: Counts replies, from the first one on.
+        names_alone: The reply has names where the kernel has asked for more.
     """
 
-    __slots__ = ("changes", "counter", "is_known", "local", "rewrite", "room", "size_at", "special")
+    __slots__ = (
+        "changes",
+        "counter",
+        "is_known",
+        "local",
+        "names_alone",
+        "rewrite",
+        "room",
+        "size_at",
+        "special",
+    )
 
     def __init__(self, *, is_known: bool) -> None:
         self.is_known = is_known
@@ -105,6 +118,7 @@ class Route:
         self.changes = False
         self.rewrite: Rewriter | None = None
         self.counter: OpcodeCounter | None = None
+        self.names_alone = False
 
 
 def make_routes(
@@ -155,6 +169,7 @@ class RequestRules:
     Attributes:
         modes: Files with set-id bits.
         absent: Extended attributes that files do not have.
+        known: Directories of which the kernel knows the names.
         write_back: The route of a WRITE of the kernel's pages, whose caller sees errors alone.
         passthrough: Files that the kernel reads and writes by itself; None without DAX.
     """
@@ -172,6 +187,11 @@ class RequestRules:
     ) -> None:
         self.modes = SetIdMemory()
         self.absent = AbsentXattrs(policy.attr_timeout)
+        # Where listings are kept by the kernel, it asks for none that it has.
+        valid = min(policy.entry_timeout, policy.attr_timeout) if policy.revalidate else 0.0
+        self.known = KnownNames(valid)
+        self._names_alone = Route(is_known=True)
+        self._names_alone.names_alone = True
         self.late: LateReplies
         self.write_back: Route
         self.passthrough = opens.passthrough
@@ -221,6 +241,7 @@ class RequestRules:
             Opcode.RELEASE: self._post,
             Opcode.RELEASEDIR: self._post,
             Opcode.WRITE: self._note_write,
+            Opcode.READDIRPLUS: self._list,
         }
         if checks_opens or self.passthrough is not None:
             table[Opcode.OPEN] = self._check_open
@@ -236,6 +257,7 @@ class RequestRules:
         """References to a node are given back; so is what is known of it."""
         self.absent.forget(nodeid)
         self.modes.drop(nodeid)
+        self.known.clear()
         self._locked.discard(nodeid)
         self._opens.forget(nodeid)
         if self.passthrough is not None:
@@ -358,6 +380,23 @@ class RequestRules:
         ahead = Pending(Opcode.SETATTR, nodeid, body, None, fuse.ATTR_OUT.size, 0, 0, 0, 0, None)
         # When the ring is full, the bits go with the next write.
         return self._device.hold(slot, ahead)
+
+    # --- listings ---
+
+    def _list(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
+        """Ask for names alone, if they are enough."""
+        if _U64(self._map, at + OFFSET_AT)[0]:
+            return False
+        now = monotonic()
+        if not self.known.is_known(nodeid, now):
+            self.known.listed(nodeid, now)
+            return False
+        size = room_for_names(_U32(self._map, at + SIZE_AT)[0])
+        _PUT_U32(self._map, at + SIZE_AT, size)
+        _PUT_U32(self._map, at + _OPCODE_AT, Opcode.READDIR)
+        slot.opcode = Opcode.READDIR
+        slot.route = self._names_alone
+        return False
 
     # --- attributes ---
 

@@ -17,6 +17,7 @@ the complete list of exceptions:
 * An unlock that may wait (SETLKW) becomes one that may not (SETLK).
 * CREATE goes without O_CREAT, which it implies: virtiofsd (C) would pass it to openat(2) without a
   mode, and abort, when the file exists already, as it may while the kernel remembers its absence.
+* READDIRPLUS of a directory whose names the kernel knows becomes READDIR (``listings``).
 * Extended attributes that are known to be absent are answered from memory (``cache.xattrs``), above
   all ``security.capability``, for which the kernel asks before each write.
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from vfsmount.cache.freshness import Freshness
+    from vfsmount.cache.known_names import KnownNames
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.client.relay.memory import SetIdMemory
 
@@ -99,6 +101,7 @@ def reply_rewriters(
     policy: CachePolicy,
     modes: SetIdMemory | None = None,
     fresh: Freshness | None = None,
+    known: KnownNames | None = None,
     *,
     no_flush: bool = False,
 ) -> dict[int, Rewriter]:
@@ -111,6 +114,7 @@ def reply_rewriters(
         policy: The cache policy.
         modes: Is told each mode that passes, where somebody needs to know.
         fresh: Is told the attributes that pass, likewise.
+        known: Is told of names that pass one by one, likewise.
         no_flush: No FLUSH is wanted of handles that cannot write.
     """
     (entry_s, entry_ns), (attr_s, attr_ns) = (
@@ -134,9 +138,11 @@ def reply_rewriters(
             start = at + _ENTRY_SIGNATURE
             fresh.gave(_NODEID(memory, at)[0], memory[start : start + SIGNATURE_SIZE])
 
-    def entry(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
+    def entry(memory: mmap.mmap, at: int, length: int, nodeid: int, _request: int) -> None:
         if length < _ENTRY:
             return
+        if known is not None:
+            known.named(nodeid, monotonic())
         start = at + _ENTRY_VALID_AT
         end = start + _ENTRY_VALID.size
         if memory[start:end] != entry_valid and not from_host:
