@@ -7,6 +7,7 @@ takes as long as the daemon's own start.
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ def run_mount(settings: MountSettings) -> int:
         with daemon as running:
             from vfsmount.client.mount import serve_mount
 
+            gc.enable()
             return serve_mount(settings, path, announcer, running)
     finally:
         announcer.close()

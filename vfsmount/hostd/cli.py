@@ -158,6 +158,7 @@ def _open_share(arguments: Arguments, kind: Sandbox, directory: int) -> Share:
     # of a listing of 100,000 names (40 ms; 15 like this), and what has been loaded by now stays.
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
+    gc.enable()
     # Guests whose threads wait for the CPU should not wait for a whole default turn of 5 ms.
     sys.setswitchinterval(0.001)
     return Share(place, options)
