@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -167,7 +166,7 @@ def test_virtiofsds_spelling() -> None:
     assert options.translation is not None
     assert options.translation.uid.to_host(3) == 1003
     assert options.translation.gid.to_guest(1) == 2
-    assert replace(options, xattrmap=None, translation=None) == ShareOptions(
+    assert options._replace(xattrmap=None, translation=None) == ShareOptions(
         writeback=True,
         tag=b"t",
         readdirplus=False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,9 +28,9 @@ def accepted(folder: Path, options: ShareOptions) -> InitFlag:
 @pytest.mark.parametrize(
     ("options", "flags"),
     [
-        (replace(PLAIN, submounts=False), InitFlag.SUBMOUNTS),
-        (replace(PLAIN, killpriv=False), InitFlag.HANDLE_KILLPRIV_V2),
-        (replace(PLAIN, readdirplus=False), InitFlag.DO_READDIRPLUS | InitFlag.READDIRPLUS_AUTO),
+        (PLAIN._replace(submounts=False), InitFlag.SUBMOUNTS),
+        (PLAIN._replace(killpriv=False), InitFlag.HANDLE_KILLPRIV_V2),
+        (PLAIN._replace(readdirplus=False), InitFlag.DO_READDIRPLUS | InitFlag.READDIRPLUS_AUTO),
     ],
 )
 def test_what_is_not_offered(folder: Path, options: ShareOptions, flags: InitFlag) -> None:
@@ -41,14 +40,14 @@ def test_what_is_not_offered(folder: Path, options: ShareOptions, flags: InitFla
 
 def test_mapping_uncached_files(folder: Path) -> None:
     assert InitFlag.DIRECT_IO_ALLOW_MMAP not in accepted(folder, UNCACHED)
-    assert InitFlag.DIRECT_IO_ALLOW_MMAP in accepted(folder, replace(UNCACHED, allow_mmap=True))
+    assert InitFlag.DIRECT_IO_ALLOW_MMAP in accepted(folder, UNCACHED._replace(allow_mmap=True))
 
 
 @pytest.mark.parametrize(
     ("options", "flag"),
     [
-        (replace(PLAIN, direct_io=True), os.O_DIRECT),
-        (replace(PLAIN, keep_noatime=True), os.O_NOATIME),
+        (PLAIN._replace(direct_io=True), os.O_DIRECT),
+        (PLAIN._replace(keep_noatime=True), os.O_NOATIME),
     ],
 )
 def test_open_flags_that_are_for_the_share_to_allow(
@@ -63,7 +62,7 @@ def test_open_flags_that_are_for_the_share_to_allow(
 
 
 def test_without_file_handles(folder: Path) -> None:
-    with Share(folder, replace(PLAIN, handles=HandleUse.NEVER)) as share:
+    with Share(folder, PLAIN._replace(handles=HandleUse.NEVER)) as share:
         assert not share.keeper.by_handle
         with DirectGuest(share) as guest:
             guest.init()

@@ -12,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import tokenize  # noqa: F401  # else loaded to print a traceback, and out of reach (Python 3.13)
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any, Final
 

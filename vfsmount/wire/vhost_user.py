@@ -13,7 +13,6 @@ requests and the back-end's requests are two number spaces on two sockets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -337,8 +336,7 @@ def encode_header(
 # --- the tables ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class MessageKind:
+class MessageKind(NamedTuple):
     """One row: all there is to know about a request.
 
     Attributes:

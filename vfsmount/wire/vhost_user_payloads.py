@@ -7,7 +7,6 @@ host. A codec is given all bytes of a payload, from anybody, and returns its rec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeAlias, TypeVar
 
@@ -227,8 +226,7 @@ P = TypeVar("P")
 R = TypeVar("R", bound=tuple[object, ...])
 
 
-@dataclass(frozen=True, slots=True)
-class PayloadCodec(Generic[P]):
+class PayloadCodec(NamedTuple, Generic[P]):
     """How one kind of payload travels.
 
     Attributes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import resource
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -84,8 +83,7 @@ POLICIES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class ShareOptions:
+class ShareOptions(NamedTuple):
     """How a directory is shared.
 
     Attributes:
