@@ -27,30 +27,28 @@ class Aside:
 
     Args:
         fuse: Writes the replies.
+
+    Attributes:
+        places: Queue and head of each, by its ``unique``.
     """
 
-    __slots__ = ("_fuse", "_left", "_over", "_places")
+    __slots__ = ("_fuse", "_left", "_over", "places")
 
     def __init__(self, fuse: FuseServer) -> None:
         self._fuse = fuse
-        #: Queue and head of each, by its ``unique``.
-        self._places: dict[int, tuple[Queue, int]] = {}
+        self.places: dict[int, tuple[Queue, int]] = {}
         #: Answers, as (unique, errno or 0), that no running ring takes for now.
         self._over: list[tuple[int, int]] = []
         #: Rings that have stopped, and their next available index then.
         self._left: dict[Queue, int] = {}
 
-    def __bool__(self) -> bool:
-        """Whether there are any."""
-        return bool(self._places)
-
     def put(self, unique: int, queue: Queue, head: int) -> None:
         """Put a request aside."""
-        self._places[unique] = queue, head
+        self.places[unique] = queue, head
 
     def follow(self, before: list[tuple[Queue, DeviceRing]]) -> None:
         """A message may have changed the rings that ran before; keep those that go on."""
-        if not self._places:
+        if not self.places:
             return
         for queue, ring in before:
             if queue.ring is not ring:
@@ -58,8 +56,8 @@ class Aside:
         for queue in [queue for queue in self._left if queue.ring is not None]:
             assert queue.ring is not None
             if queue.ring.next_avail != self._left.pop(queue):
-                kept = {u: place for u, place in self._places.items() if place[0] is not queue}
-                self._places = kept
+                kept = {u: place for u, place in self.places.items() if place[0] is not queue}
+                self.places = kept
 
     def answer(self, settled: list[tuple[int, int]]) -> None:
         """Answer requests that are over.
@@ -72,13 +70,13 @@ class Aside:
         """
         todo, self._over = self._over + settled, []
         for unique, number in todo:
-            queue, head = self._places.get(unique, (None, 0))
+            queue, head = self.places.get(unique, (None, 0))
             if queue is None:
                 continue  # its driver is gone
             if queue.ring is None:
                 self._over.append((unique, number))
                 continue
-            del self._places[unique]
+            del self.places[unique]
             self._push(queue, queue.ring, head, unique, number)
 
     def _push(self, queue: Queue, ring: DeviceRing, head: int, unique: int, number: int) -> None:

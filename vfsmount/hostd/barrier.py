@@ -6,7 +6,7 @@ x86-64 keeps every order but store → load; others keep none. In Python there a
   barrier there (0.09 us; a call through ctypes takes 0.33).
 * elsewhere: ``atomic_thread_fence`` of the C runtime's atomic library.
 * elsewhere without that library: two lock pairs, which order all but a store and a later load. The
-  rare miss is then a delay and no hang, because ``RECHECK_MS`` bounds every sleep.
+  rare miss is then a delay and no hang, because ``RECHECK`` bounds every sleep.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["RECHECK_MS", "TOTAL_STORE_ORDER", "fence"]
+__all__ = ["RECHECK", "TOTAL_STORE_ORDER", "fence"]
 
 #: Whether stores become visible in order, so that only store → load needs a fence.
 TOTAL_STORE_ORDER = platform.machine() in {"x86_64", "i686", "AMD64"}
@@ -50,13 +50,14 @@ def _library_fence() -> Callable[[], None] | None:
     return lambda: function(_SEQ_CST)
 
 
-def _choose() -> tuple[Callable[[], None], int | None]:
+def _choose() -> tuple[Callable[[], None], float | None]:
     if TOTAL_STORE_ORDER:
         return _lock_fence, None
     library = _library_fence()
-    return (library, None) if library else (_two_lock_fences, 50)
+    return (library, None) if library else (_two_lock_fences, 0.05)
 
 
 #: ``fence()``: no store before it is seen after a load behind it.
-#: ``RECHECK_MS``: longest sleep before an index is looked at again; None where it need not be.
-fence, RECHECK_MS = _choose()
+#: ``RECHECK``: longest sleep before an index is looked at again, in seconds; None where there is no
+#: need to.
+fence, RECHECK = _choose()

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import os
 import select
 import socket
@@ -31,7 +30,7 @@ from typing import TYPE_CHECKING, Final
 from vfsmount.errors import WireError
 from vfsmount.hostd.aside import Aside
 from vfsmount.hostd.backend import Backend
-from vfsmount.hostd.barrier import RECHECK_MS
+from vfsmount.hostd.barrier import RECHECK
 from vfsmount.hostd.faults import GuestFault, Refused, RingFault
 from vfsmount.hostd.fs.call import Deferred
 from vfsmount.hostd.fs.dispatch import FuseServer
@@ -66,8 +65,10 @@ _BURST: Final = 256
 _BATCH: Final = 16
 #: Seconds that a front-end may take to finish a message, or to take a reply.
 _MESSAGE_TIMEOUT: Final = 10.0
-#: Milliseconds between looks at a ring whose front-end will not kick.
-_KICKLESS_MS: Final = 1
+#: Seconds between looks at a ring whose front-end will not kick.
+_KICKLESS: Final = 0.001
+#: Events taken at once; room for them is made at each look.
+_EVENTS: Final = 8
 _FAILURE: Final = 1
 
 
@@ -104,8 +105,10 @@ class Connection:
         self._backend = backend
         self._window = PollWindow(poll_ns)
         self._rings: list[tuple[Queue, DeviceRing]] = []
-        self._kicks: dict[int, Queue] = {}
-        self._poll = select.poll()
+        self._kicks: frozenset[int] = frozenset()
+        self._hinted: list[DeviceRing] = []
+        self._poll = select.epoll(flags=select.EPOLL_CLOEXEC)
+        self._kickless = False
         self._idle_since = 0
 
     def run(self) -> None:
@@ -113,6 +116,8 @@ class Connection:
         logger.info("%s connected", self.name)
         try:
             self._session.credentials.settle()
+            for fd in (self._sock.fileno(), self._locks.wake_fd):
+                self._poll.register(fd, select.EPOLLIN)
             self._watch()
             self._converse()
         # Logged as text: an error in a log record would keep guest memory alive with its traceback.
@@ -134,7 +139,9 @@ class Connection:
 
     def _close(self) -> None:
         self._rings = []
-        self._kicks = {}
+        self._hinted = []
+        self._kicks = frozenset()
+        self._poll.close()
         self._backend.close()
         self._session.close()
         self._sock.close()
@@ -146,73 +153,88 @@ class Connection:
 
     def _converse(self) -> None:
         """Serve rings and messages until the front-end leaves."""
+        locks, aside, poll, kicks = self._locks, self._aside, self._poll.poll, self._kicks
         while True:
             busy = self._serve_rings() or self._ask_for_kicks()
-            ready = self._poll.poll(0 if busy else self._patience())
-            for _, ring in self._rings:
+            ready = poll(0 if busy else self._patience(), _EVENTS)
+            for ring in self._hinted:
                 ring.disable_kicks()
             for fd, _ in ready:
-                if fd == self._locks.wake_fd:
-                    self._locks.wake()
-                    self._aside.answer(self._locks.retry())
-                    continue
-                if fd == self._sock.fileno():
+                if fd in kicks:
+                    self._window.waited(time.monotonic_ns() - self._idle_since)
+                elif fd == locks.wake_fd:
+                    locks.wake()
+                    aside.answer(locks.retry())
+                else:
+                    self._unwatch()
                     if not self._obey_message():
                         return
                     self._watch()
+                    kicks = self._kicks
                     break  # other descriptors are watched now
-                self._kicks[fd].drain_kick()
-                self._window.waited(time.monotonic_ns() - self._idle_since)
-            if self._aside:
-                self._aside.answer(self._locks.retry())
+            if aside.places:
+                aside.answer(locks.retry())
 
     def _watch(self) -> None:
-        """Serve the rings that run now, and watch their kicks and the socket."""
+        """Serve the rings that run now, and watch their kicks.
+
+        A kick is an edge: its eventfd is never read, which saves a system call for each (1 us).
+        """
         self._aside.follow(self._rings)
         running = self._backend.running
         self._rings = [(queue, queue.ring) for queue in running if queue.ring is not None]
-        self._kicks = {queue.kick: queue for queue in running if queue.kick >= 0}
-        self._poll = select.poll()
-        for fd in (self._sock.fileno(), self._locks.wake_fd, *self._kicks):
-            self._poll.register(fd, select.POLLIN)
+        self._hinted = [ring for _, ring in self._rings if ring.hints]
+        self._kickless = any(queue.kickless for queue, _ in self._rings)
+        self._kicks = frozenset(queue.kick for queue in running if queue.kick >= 0)
+        for fd in self._kicks:
+            self._poll.register(fd, select.EPOLLIN | select.EPOLLET)
 
-    def _patience(self) -> int | None:
-        """How long to sleep at most, in ms."""
-        if any(queue.kickless for queue, _ in self._rings):
-            return _KICKLESS_MS
+    def _unwatch(self) -> None:
+        """A message may have kicks closed; the front-end's end would keep them in the set."""
+        for fd in self._kicks:
+            self._poll.unregister(fd)
+        self._kicks = frozenset()
+
+    def _patience(self) -> float | None:
+        """How long to sleep at most, in seconds."""
+        if self._kickless:
+            return _KICKLESS
         retry = self._locks.patience()
         if retry is None:
-            return RECHECK_MS
-        wait = math.ceil(retry * 1000)
-        return wait if RECHECK_MS is None else min(wait, RECHECK_MS)
+            return RECHECK
+        return retry if RECHECK is None else min(retry, RECHECK)
 
     # --- rings -----------------------------------------------------------------------------------
 
     def _serve_rings(self) -> bool:
         """Serve until the rings stay empty for a while; True when there was no end to it."""
-        left = _BURST
+        rings, left = self._rings, _BURST
         while left > 0:
-            served = sum(self._drain(queue, ring) for queue, ring in self._rings)
-            left -= served
-            if not served and not self._linger():
+            idle = True
+            for queue, ring in rings:
+                if ring.pending():
+                    idle = False
+                    left -= self._drain(queue, ring)
+            if idle and not self._linger():
                 return False
         return True
 
     def _drain(self, queue: Queue, ring: DeviceRing) -> int:
         """Serve what one ring holds, up to a batch; returns how many requests that were."""
         served = 0
+        serve = self._fuse.serve
         try:
             while served < _BATCH and (chain := ring.pop()) is not None:
                 head, readable, writable = chain
                 served += 1
                 try:
-                    ring.push(head, self._fuse.serve(readable, writable))
+                    ring.push(head, serve(readable, writable))
                 except Deferred as deferred:
                     self._aside.put(deferred.unique, queue, head)
         except RingFault:
             queue.fail()
             raise
-        if served and ring.must_call():
+        if ring.must_call():
             queue.call()
         return served
 
@@ -230,7 +252,11 @@ class Connection:
 
     def _ask_for_kicks(self) -> bool:
         """Ask every ring for a kick; True when one has something already."""
-        return any([ring.enable_kicks() for _, ring in self._rings])  # noqa: C419  # all of them
+        busy = False
+        for _, ring in self._rings:  # all of them
+            if ring.enable_kicks():
+                busy = True
+        return busy
 
     # --- messages --------------------------------------------------------------------------------
 

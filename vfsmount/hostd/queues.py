@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.hostd import procfd
-from vfsmount.hostd.faults import GuestFault, Refused, RingFault
+from vfsmount.hostd.faults import GuestFault, Refused
 
 if TYPE_CHECKING:
     from vfsmount.hostd.vring import DeviceRing
@@ -100,19 +100,6 @@ class Queue:
     def fail(self) -> None:
         """Tell the front-end that the ring is broken."""
         _signal(self._err)
-
-    def drain_kick(self) -> None:
-        """Take a kick note of.
-
-        Raises:
-            RingFault: The descriptor does not behave like an eventfd.
-        """
-        try:
-            os.eventfd_read(self.kick)
-        except BlockingIOError:
-            return  # somebody else, the front-end most likely, has read it
-        except OSError as error:
-            raise RingFault(f"kick descriptor: {error.strerror}") from None
 
     def reset(self) -> None:
         """Forget everything, and close the descriptors."""
