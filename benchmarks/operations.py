@@ -88,7 +88,7 @@ OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
         # On the first files that a daemon is shown, before it is warmed up: its table of
-        # descriptors grows then, which in a process with threads takes 5 to 15 ms each time.
+        # descriptors grows then, which in a process with threads takes 5 to 54 ms each time.
         _operation("first_open", "open+read+close, a daemon's first files", 400),
         _operation("first_create", "create+close, a daemon's first files", 400),
         _operation("stat", "stat", 1000, metadata=True),
