@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import tempfile
@@ -87,6 +88,41 @@ def test_guests_that_leave_at_once(share: Share, path: str) -> None:
         with connect(path) as guest:
             guest.handshake()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("threading.Thread.start", RuntimeError("can't start new thread")),
+        ("os.eventfd", OSError(errno.EMFILE, "Too many open files")),
+        ("select.epoll", OSError(errno.EMFILE, "Too many open files")),
+    ],
+)
+def test_no_room_for_another_guest(
+    share: Share,
+    path: str,
+    monkeypatch: pytest.MonkeyPatch,
+    expect_log: Callable[[str], None],
+    name: str,
+    error: Exception,
+) -> None:
+    """It is sent away, nothing of it stays, and the daemon goes on."""
+    expect_log(f"cannot serve guest 1: .*{error.args[-1]}")
+
+    def fail(*_: object, **__: object) -> None:
+        raise type(error)(*error.args)  # anew: with its traceback it would keep a descriptor
+
+    with running(share, path):
+        before = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch:
+            patch.setattr(name, fail)
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(DEADLINE)
+                sock.connect(path)
+                assert sock.recv(1) == b""
+        assert len(os.listdir("/proc/self/fd")) == before
+        with connect(path) as guest:
+            guest.handshake()
 
 
 @pytest.mark.slow

@@ -95,6 +95,8 @@ class Connection:
         sock.settimeout(_MESSAGE_TIMEOUT)
         self.name = name
         self._sock = sock
+        # Before the session, because it closes itself if there is no descriptor left for that.
+        self._poll = select.epoll(flags=select.EPOLL_CLOEXEC)
         self._session = Session(share)
         self._locks = self._session.locks
         self._fuse = FuseServer(self._session)
@@ -107,7 +109,6 @@ class Connection:
         self._rings: list[tuple[Queue, DeviceRing]] = []
         self._kicks: frozenset[int] = frozenset()
         self._hinted: list[DeviceRing] = []
-        self._poll = select.epoll(flags=select.EPOLL_CLOEXEC)
         self._kickless = False
         self._idle_since = 0
 
@@ -130,14 +131,15 @@ class Connection:
         else:
             logger.info("%s left", self.name)
         finally:
-            self._close()
+            self.close()
 
     def stop(self) -> None:
         """Make ``run`` return soon; callable from any thread."""
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Let go of everything, once ``run`` has ended or was never called."""
         self._rings = []
         self._hinted = []
         self._kicks = frozenset()

@@ -243,9 +243,13 @@ class Server:
             sock.close()
             return
         thread = threading.Thread(target=self._serve, args=(guest,), name=name, daemon=True)
-        with self._lock:
-            self._guests[guest] = thread
-        thread.start()
+        try:
+            with self._lock:  # at which it waits, if it is done so soon
+                thread.start()
+                self._guests[guest] = thread
+        except RuntimeError as error:  # the host allows no more threads
+            logger.warning("cannot serve %s: %s", name, error)
+            guest.close()
 
     def _serve(self, guest: Connection) -> None:
         guest.run()

@@ -136,7 +136,11 @@ class Session:
         self.inodes = InodeTable(share.root_fd, share.keeper, share.node_limit)
         self.files: HandleTable[FileHandle] = HandleTable(self.inodes)
         self.dirs: HandleTable[DirHandle] = HandleTable(self.inodes)
-        self.locks = GuestLocks(share, self.files)
+        try:
+            self.locks = GuestLocks(share, self.files)
+        except OSError:  # there is no descriptor left
+            self.inodes.close()
+            raise
         self.credentials = Credentials()
         self.agreed: Agreed | None = None
         self.dirent_buffer = ctypes.create_string_buffer(_DIRENT_BUFFER)
