@@ -122,7 +122,7 @@ SERIES: dict[str, Series] = {
             "auto",
             True,
             "native",
-            ("native", f"{RELAY_BUNDLED}-off", f"{RELAY_BUNDLED}-dax"),
+            ("native", *(f"{RELAY_BUNDLED}-{mark}" for mark in ("off", "default", "dax"))),
             (
                 "open_read_close",
                 "read_4k",
@@ -131,6 +131,16 @@ SERIES: dict[str, Series] = {
                 "write_1m",
                 "map_8b",
             ),
+            churn=False,
+        ),
+        # Small files that nobody has opened before.
+        Series(
+            "once",
+            "auto",
+            False,
+            f"{RELAY_BUNDLED}-off",
+            ("native", *(f"{RELAY_BUNDLED}-{mark}" for mark in ("off", "default", "dax"))),
+            ("open_read_close", "create"),
             churn=False,
         ),
         Series("trees", "auto", False, "passthrough_ll", SHOWN, TREE_ROWS, commands=True),
@@ -189,6 +199,8 @@ BARS: tuple[Bar, ...] = (
     Bar("passthrough", f"{RELAY_BUNDLED}-dax", "write_1m", 0.9, "native"),
     Bar("passthrough", f"{RELAY_BUNDLED}-dax", "map_8b", 1.1, "native"),
     Bar("passthrough", f"{RELAY_BUNDLED}-dax", "open_read_close", 1.3, f"{RELAY_BUNDLED}-off"),
+    Bar("once", f"{RELAY_BUNDLED}-default", "open_read_close", 1.1, f"{RELAY_BUNDLED}-off"),
+    Bar("once", f"{RELAY_BUNDLED}-default", "create", 1.1, f"{RELAY_BUNDLED}-off"),
     *(
         Bar("trees", RELAY, row, 1.15 if row.endswith("_warm") else 2.5, C_PEER)
         for row in TREE_ROWS

@@ -122,7 +122,14 @@ def _sshfs(stage: Stage) -> Iterator[list[str]]:
 
 
 def _vfsmount(kind: str, engine: str = "auto", dax: str = "off", mark: str = "") -> Subject:
-    """A row for vfsmount; ``dax`` as its option, ``mark`` ends the names of rows about it."""
+    """A row for vfsmount.
+
+    Args:
+        kind: Whose daemon.
+        engine: Which engine.
+        dax: As the option; empty for what vfsmount does by itself.
+        mark: Ends the names of rows about that.
+    """
 
     def prepare() -> None:
         if problem := daemon_problem(kind):
@@ -135,7 +142,7 @@ def _vfsmount(kind: str, engine: str = "auto", dax: str = "off", mark: str = "")
         with start_daemon(kind, stage.source, cache=stage.cache, xattr=False) as daemon:
             words = [sys.executable, "-m", "vfsmount", str(stage.mountpoint)]
             words += ["--socket", str(daemon.socket), "--cache", stage.cache, "-f"]
-            words += ["--engine", engine, "--dax", dax]
+            words += ["--engine", engine, *(["--dax", dax] if dax else [])]
             yield words + (["--cpus", str(stage.cpu)] if stage.cpu is not None else [])
 
     origin = {"c": "QEMU's C virtiofsd", "rust": "Rust virtiofsd", "bundled": "the bundled daemon"}
@@ -143,7 +150,7 @@ def _vfsmount(kind: str, engine: str = "auto", dax: str = "off", mark: str = "")
     if engine != "auto":
         name, what = f"{name}-{engine}", f"{what}, {engine} engine"
     if mark:
-        name, what = f"{name}-{mark}", f"{what}, --dax {dax}"
+        name, what = f"{name}-{mark}", f"{what}, " + (f"--dax {dax}" if dax else "no --dax given")
     return Subject(name, what, prepare, command, churn=True, crowd=name == "vfsmount-rust")
 
 
@@ -186,10 +193,12 @@ SUBJECTS: dict[str, Subject] = {
         _vfsmount("bundled", "pyfuse3", "16M", "narrow"),
         _vfsmount("bundled", "relay", mark="off"),
         _vfsmount("bundled", "relay", "1G", "dax"),
+        _vfsmount("bundled", "relay", "", "default"),
     )
 }
 
 #: Names of those that have nothing to say about single calls.
 TREES_ONLY = frozenset({"bindfs", "sshfs"})
 #: Names of those that differ from others by their DAX window alone.
-DAX_ONLY = frozenset(name for name in SUBJECTS if name.endswith(("-off", "-dax", "-narrow")))
+_MARKS = ("-off", "-dax", "-default", "-narrow")
+DAX_ONLY = frozenset(name for name in SUBJECTS if name.endswith(_MARKS))

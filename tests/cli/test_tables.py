@@ -109,9 +109,10 @@ def test_no_window_and_why() -> None:
 
 
 def test_files_that_the_kernel_has() -> None:
-    dax = {"active": True, "backing_files": 7, "kept": 5, "opens": 9, "opens_by_message": 1}
+    counts = {"backing_files": 7, "kept": 5, "opens": 9, "opens_by_message": 1}
+    dax = {"active": True, "policy": "every file, as --dax=SIZE was given", **counts}
     text = format_status(STATUS | {"dax": dax})
-    expected = "in the kernel: 7 files, 5 kept, 9 opens, 1 by message"
+    expected = "as --dax=SIZE was given: 7 so far, 5 kept, 9 opens, 1 by message"
     assert expected in " ".join(text.split())
 
 

@@ -38,7 +38,8 @@ def dax_of(shared: Shared, number: int = 0) -> dict[str, Any]:
 @pytest.fixture(scope="module", params=MODES)
 def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
     """Two mounts of one daemon, each with a window."""
-    with open_shared("bundled", "relay", request.param, mounts=2) as shared:
+    options = ["--dax", "1G"]
+    with open_shared("bundled", "relay", request.param, mounts=2, options=options) as shared:
         facts = dax_of(shared)
         if not facts["active"]:
             pytest.skip(f"no FUSE passthrough here: {facts['why']}")
@@ -284,7 +285,8 @@ def test_many_files(shared: Shared, here: list[Path]) -> None:
 def test_daemon_killed_with_files_open() -> None:
     """What is open goes on; everything else fails, and the mount can be taken off."""
     with ExitStack() as stack:
-        shared = stack.enter_context(open_shared("bundled", "relay", "auto"))
+        options = ["--dax", "1G"]
+        shared = stack.enter_context(open_shared("bundled", "relay", "auto", options=options))
         if not dax_of(shared)["active"]:
             pytest.skip("no FUSE passthrough here")
         host, path = shared.folder()
@@ -331,7 +333,7 @@ def test_files_that_cannot_be_below_go_by_message(tmpfs_path: Path) -> None:
     with (
         overlay(tmpfs_path) as merged,
         start_daemon("bundled", merged) as daemon,
-        start_mount(path, daemon.socket) as mount,
+        start_mount(path, daemon.socket, options=["--dax", "1G"]) as mount,
     ):
         if not read_status(str(path))["dax"]["active"]:
             pytest.skip("no FUSE passthrough here")

@@ -55,7 +55,7 @@ class Stage:
             reserve=lambda: next(self.free, None), range_size=RANGE, descriptor=self.descriptor
         )
         files = SimpleNamespace(open=self.register, close=self.opened.remove)
-        self.table = Passthrough(cast("Any", loan), cast("Any", window), cast("Any", files))
+        self.table = Passthrough(cast("Any", loan), cast("Any", window), cast("Any", files), 0)
         self.handle = 0
 
     def submit(self, pending: Pending, *, kick: bool = True) -> bool:

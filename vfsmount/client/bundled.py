@@ -169,7 +169,7 @@ def _arguments(settings: MountSettings, listener: int) -> list[str]:
     # What it has to say about a single, well-known guest interests those who look for a fault.
     level = "warning" if settings.log_level == "info" else settings.log_level
     words += ["--log-level", level]
-    words += ["--dax", str(settings.dax or "off")]
+    words += ["--dax", str(settings.window or "off")]
     words += ["--writeback"] * settings.writeback + ["--readonly"] * settings.readonly
     if settings.poll_us is not None:
         words += ["--poll-us", str(settings.poll_us)]

@@ -24,6 +24,7 @@ from vfsmount.client.operations import VirtioFsOperations
 from vfsmount.client.relay.backing import problem
 from vfsmount.client.relay.init import flags_to_withdraw, init_answer, why_no_passthrough
 from vfsmount.client.relay.loop import Relay
+from vfsmount.client.relay.passthrough import PASS_FROM
 from vfsmount.client.relay.time_slice import lengthen_slice
 from vfsmount.errors import MountError, WireError
 from vfsmount.wire import fuse
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from types import ModuleType, SimpleNamespace
 
     from vfsmount.cache.policy import CachePolicy
+    from vfsmount.client.options import MountSettings
     from vfsmount.client.session import Session
     from vfsmount.errors import ProtocolViolation, VfsmountError
 
@@ -153,11 +155,15 @@ class RelayEngine:
 
     name = "relay"
 
-    def __init__(self, session: Session, policy: CachePolicy, reason: str) -> None:
+    def __init__(
+        self, session: Session, policy: CachePolicy, reason: str, *, pass_all: bool = False
+    ) -> None:
         self.reason = reason
         self.operations = pyfuse3.Operations()
         self._session = session
         self._policy = policy
+        #: Small files, too, are to be read and written by the kernel itself.
+        self._pass_all = pass_all
         self._flags = InitFlag(0)
         self._relay: Relay | None = None
         self._failure: BaseException | None = None
@@ -234,6 +240,7 @@ class RelayEngine:
             keeps_locks=InitFlag.POSIX_LOCKS in self._flags,
             heeds_interrupts=fuse.HEEDS_INTERRUPT in facts.flags,
             window=None if self._no_passthrough else self._session.window,
+            pass_from=0 if self._pass_all else PASS_FROM,
         )
         ended = trio.Event()
         # A thread of our own, and a daemon one: if the worst comes to the worst, the process ends.
@@ -284,21 +291,22 @@ class RelayEngine:
         return {"active": not self._no_passthrough, "why": self._no_passthrough} | facts
 
 
-def choose_engine(wanted: str, session: Session, policy: CachePolicy) -> Engine:
+def choose_engine(settings: MountSettings, session: Session, policy: CachePolicy) -> Engine:
     """Return the engine for a mount.
 
     Args:
-        wanted: ``relay``, ``pyfuse3`` or ``auto``.
+        settings: What was asked for: ``relay``, ``pyfuse3`` or ``auto``, and the window.
         session: The session with the daemon.
         policy: The cache policy.
     """
+    wanted, pass_all = settings.engine, settings.dax is not None
     if wanted == "pyfuse3":
         return Pyfuse3Engine(session, policy, "as asked for")
     if wanted == "relay":
-        return RelayEngine(session, policy, "as asked for")
+        return RelayEngine(session, policy, "as asked for", pass_all=pass_all)
     if problem := _relay_problem(session):
         return Pyfuse3Engine(session, policy, f"relay cannot run: {problem}")
-    return RelayEngine(session, policy, "the default")
+    return RelayEngine(session, policy, "the default", pass_all=pass_all)
 
 
 def _relay_problem(session: Session) -> str:

@@ -182,7 +182,7 @@ class _Mount:
             sock=self._daemon.sock if self._daemon else None,
             options=_channel_options(self.settings),
             extra_flags=extra,
-            dax=self.settings.dax,
+            dax=self.settings.window,
         ) as session:
             with self._mounting:
                 self._has_session = True
@@ -190,7 +190,7 @@ class _Mount:
                 await self._mounted(session)
 
     async def _mounted(self, session: Session) -> None:
-        self.engine = choose_engine(self.settings.engine, session, self.policy)
+        self.engine = choose_engine(self.settings, session, self.policy)
         with mounted(self.engine.operations, self.settings, self.path) as kernel:
             self.entry = kernel.entry
             try:

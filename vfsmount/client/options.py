@@ -191,8 +191,8 @@ MOUNT_GROUPS = (
             Option("writeback", "gather writes here until close or fsync", negatable=True),
             Option(
                 "dax",
-                "map that much of the host's files where the daemon can (default 1G),\n"
-                "instead of a message per access",
+                "map that much of the host's files where the daemon can, instead of a\n"
+                "message per access: every file (default: 1G, for files of 32 KiB and more)",
                 "SIZE|off",
                 window_size,
             ),
@@ -314,12 +314,17 @@ class MountSettings:
     shm_file: str | None = None
     queue_size: int | None = None
     poll_us: int | None = None
-    dax: int = DEFAULT_WINDOW
+    dax: int | None = None
 
     @property
     def origin(self) -> str:
         """What is mounted, for messages and for the mount table."""
         return self.socket or self.source or ""
+
+    @property
+    def window(self) -> int:
+        """Bytes of the DAX window; 0 for none."""
+        return DEFAULT_WINDOW if self.dax is None else self.dax
 
     @property
     def readonly(self) -> bool:

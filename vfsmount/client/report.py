@@ -130,7 +130,7 @@ def dax_facts(mount: Mount, session: Session) -> dict[str, Any]:
 def _why_no_window(mount: Mount, session: Session) -> str:
     if session.window is not None:
         return ""
-    if not mount.settings.dax:
+    if not mount.settings.window:
         return "--dax=off"
     if not session.channel.offer.shmem:
         return "the daemon offers no window"

@@ -88,7 +88,8 @@ def _dax(dax: Mapping[str, Any]) -> str:
         return f"off: {dax.get('why', 'this version has none')}"
     if "backing_files" in dax:
         opens = f"{dax['opens']} opens, {dax['opens_by_message']} by message"
-        return f"in the kernel: {dax['backing_files']} files, {dax['kept']} kept, {opens}"
+        counts = f"{dax['backing_files']} so far, {dax['kept']} kept, {opens}"
+        return f"in the kernel: {dax['policy']}: {counts}"
     ranges = f"{dax['mapped_ranges']} of {dax['ranges']} ranges of {dax['range_bytes'] >> 20} MiB"
     names = ("hits", "misses", "set_ups", "reclaims", "bypassed", "failures")
     counts = ", ".join(f"{dax[name]} {name.replace('_', '-')}" for name in names)

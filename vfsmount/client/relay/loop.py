@@ -58,7 +58,7 @@ from vfsmount.client.relay.kernel import ENDED, KernelPort
 from vfsmount.client.relay.late import LateReplies
 from vfsmount.client.relay.opens import OpenChecks
 from vfsmount.client.relay.orders import Orders
-from vfsmount.client.relay.passthrough import Passthrough
+from vfsmount.client.relay.passthrough import PASS_FROM, Passthrough
 from vfsmount.client.relay.requests import ROUTES, RequestRules, make_routes
 from vfsmount.client.relay.rewrite import reply_rewriters
 from vfsmount.client.relay.rooms import largest_request, room_for_reply
@@ -108,6 +108,7 @@ class Relay:
         keeps_locks: The daemon has POSIX locks of ours.
         heeds_interrupts: The daemon ends a wait for a lock when it is told to, on the hiprio queue.
         window: The DAX window, where the kernel has agreed to FUSE passthrough.
+        pass_from: Bytes that a file has to have at least to be passed through; 0 for any.
 
     Attributes:
         ended: ``run`` touches nothing any more.
@@ -154,6 +155,7 @@ class Relay:
         keeps_locks: bool = False,
         heeds_interrupts: bool = False,
         window: Window | None = None,
+        pass_from: int = PASS_FROM,
     ) -> None:
         self.ended = False
         self._orders = Orders(on_violation)
@@ -171,7 +173,7 @@ class Relay:
         self._checks_opens = policy.revalidate
         self._kernel = KernelPort(device)
         self._passthrough = (
-            None if window is None else Passthrough(loan, window, BackingFiles(device))
+            None if window is None else Passthrough(loan, window, BackingFiles(device), pass_from)
         )
         self._opens = OpenChecks(loan, policy, self._passthrough)
         self._device = DevicePort(loan, self._orders, self._opens)

@@ -71,6 +71,7 @@ class OpenCheck:
         pending: Its GETATTR, while that is on its way.
         replied: The OPEN itself is through.
         waits: For a backing file.
+        asked: It has waited for one, or has to.
         wants: What it wants of that, see ``passthrough``.
         is_checked: There is to be a GETATTR.
         nodeid: Whose; 0 as long as nobody knows.
@@ -80,13 +81,14 @@ class OpenCheck:
     """
 
     __slots__ = (
-        "body", "is_checked", "nodeid", "pending", "replied", "sent", "version", "waits", "wants",
+        "asked", "body", "is_checked", "nodeid", "pending", "replied", "sent", "version", "waits",
+        "wants",
     )  # fmt: skip
 
     def __init__(self, version: int = -1, sent: float = 0.0) -> None:
         self.is_checked = False
         self.pending: Pending | None = None
-        self.replied = self.waits = False
+        self.replied = self.waits = self.asked = False
         self.nodeid = self.wants = 0
         self.body: bytes | None = None
         self.version = version
@@ -146,9 +148,9 @@ class OpenChecks:
         if self.fresh is not None:
             self._begin_check(slot)
         if self.passthrough is not None:
-            if slot.check is None:
-                slot.check = OpenCheck()
-            self.passthrough.begin(slot)
+            check = slot.check = slot.check or OpenCheck()
+            if self.passthrough.begin(slot) and check.pending is None:
+                self._ask(slot, check)
 
     def begin_create(self, slot: Slot) -> None:
         """The same for a CREATE; only with ``passthrough``."""
@@ -164,6 +166,10 @@ class OpenChecks:
         version = self._begun if self._begun == self._ended else -1
         check = slot.check = OpenCheck(version, monotonic())
         check.is_checked = True
+        self._ask(slot, check)
+
+    def _ask(self, slot: Slot, check: OpenCheck) -> None:
+        """Have a GETATTR go ahead of an OPEN."""
         size = fuse.ATTR_OUT.size
         pending = Pending(Opcode.GETATTR, slot.nodeid, _GETATTR_BODY, None, size, 0, 0, 0, 0, None)
         if self._queue.submit(pending, kick=False):
@@ -177,7 +183,11 @@ class OpenChecks:
         check.replied = True
         if self.passthrough is not None and slot.opcode in CREATES:
             self.passthrough.created(slot)
-        return check.is_ready()
+        return self._is_ready(slot, check)
+
+    def _is_ready(self, slot: Slot, check: OpenCheck) -> bool:
+        passthrough = self.passthrough
+        return check.is_ready() and (passthrough is None or passthrough.settle(slot))
 
     def learned(self, pending: Pending) -> Sequence[Slot]:
         """A request of the relay's own is through; return the opens that need not wait any more."""
@@ -188,7 +198,7 @@ class OpenChecks:
         check.pending = None
         if not pending.errno and pending.length >= fuse.ATTR_OUT.size:
             check.body = self._map[pending.data_at : pending.data_at + fuse.ATTR_OUT.size]
-        return (slot,) if check.is_ready() else ()
+        return (slot,) if self._is_ready(slot, check) else ()
 
     def checks(self, slot: Slot) -> bool:
         """Whether there is something to judge."""

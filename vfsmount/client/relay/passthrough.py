@@ -4,8 +4,11 @@ The daemon gives out a file's descriptor when a part of the file is set up in th
 relay has no use for the window: it registers the descriptor as the kernel's backing file of the
 inode (``backing``), and no READ or WRITE comes any more. Data are the host's page cache.
 
-    OPEN      a SETUPMAPPING goes along in the same kick, unless the inode has its backing file
-    CREATE    one follows the reply, which waits for it
+    OPEN      of a file that has its backing file already: nothing more. Else, where that is asked
+              for, a SETUPMAPPING goes along in the same kick. By default a GETATTR does, and the
+              SETUPMAPPING follows if the file is large enough to pay for it (``PASS_FROM``)
+    CREATE    where every file is to be passed through, a SETUPMAPPING follows the reply, which
+              waits for it. By default new and truncated files go by message
     grant     the descriptor comes on the back-end request channel, before the daemon says done. The
               relay's thread serves that channel as well, and waits for neither: both are things
               that happen while it looks for something to do
@@ -42,13 +45,19 @@ from vfsmount.wire.fuse import Opcode, OpenOutFlag, SetupmappingFlag
 if TYPE_CHECKING:
     from vfsmount.channel.loan import Loan
     from vfsmount.client.relay.backing import BackingFiles
+    from vfsmount.client.relay.opens import OpenCheck
     from vfsmount.client.relay.slots import Slot
     from vfsmount.dax_shm.window import Window
 
-__all__ = ["CREATES", "Passthrough"]
+__all__ = ["CREATES", "PASS_FROM", "Passthrough"]
 
 log = logging.getLogger(__name__)
 
+#: Bytes that a file has by default when it is opened to be passed through.
+PASS_FROM: Final = 32 << 10
+#: What ``status`` says of it.
+_POLICY: Final = f"files of {PASS_FROM >> 10} KiB and more, as no --dax=SIZE was given"
+_POLICY_ALL: Final = "every file, as --dax=SIZE was given"
 #: Opcodes that open what they make.
 CREATES: Final = frozenset((int(Opcode.CREATE), int(Opcode.TMPFILE)))
 #: Ids that are kept of files that nobody has open.
@@ -79,6 +88,8 @@ _U64: Final = struct.Struct("<Q").unpack_from
 _NO_FH: Final = (1 << 64) - 1
 #: Open flags of the daemon with which the kernel takes no backing file.
 _FOREIGN: Final = OpenOutFlag.NONSEEKABLE | OpenOutFlag.STREAM
+#: Of fuse_attr_out: 16 bytes, then fuse_attr, in which it is at 8.
+_SIZE_AT: Final = 24
 _SET_ID: Final = stat.S_ISUID | stat.S_ISGID
 _READ: Final = 1
 _WRITE: Final = 2
@@ -128,13 +139,15 @@ class Passthrough:
         loan: Where SETUPMAPPINGs go.
         window: Where the daemon maps.
         files: Registers.
+        pass_from: Bytes that a file has to have at least; 0 for any.
 
     Attributes:
         why: Why nothing is asked for any more; empty while it is.
     """
 
-    def __init__(self, loan: Loan, window: Window, files: BackingFiles) -> None:
+    def __init__(self, loan: Loan, window: Window, files: BackingFiles, pass_from: int) -> None:
         self.why = ""
+        self._pass_from = pass_from
         self._queue = loan.requests
         self._map = loan.memory.map
         self._window = window
@@ -169,6 +182,8 @@ class Passthrough:
         return {
             "active": not self.why,
             "why": self.why,
+            "pass_from_bytes": self._pass_from,
+            "policy": _POLICY if self._pass_from else _POLICY_ALL,
             "backing_files": self._registered,
             "kept": len(self._kept),
             "opens": self._passed,
@@ -178,27 +193,55 @@ class Passthrough:
 
     # --- an open, from request to answer ---------------------------------------------------------
 
-    def begin(self, slot: Slot) -> None:
-        """An OPEN is about to be handed over: have its backing file set up, if need be."""
+    def begin(self, slot: Slot) -> bool:
+        """An OPEN is about to be handed over: have its backing file set up, if need be.
+
+        Returns:
+            Whether that depends on the attributes.
+        """
         check = slot.check
         assert check is not None
-        check.wants = self._wanted(slot)
+        flags: int = _U32(self._map, slot.at + _IN)[0]
+        check.wants = _READ if flags & os.O_ACCMODE == os.O_RDONLY else _READ | _WRITE
         check.nodeid = slot.nodeid
-        self._wait_for(slot, self._node(slot.nodeid))
+        node = self._nodes.get(slot.nodeid)
+        if not self._pass_from or (node is not None and node.opens):
+            self._wait_for(slot, node or self._node(slot.nodeid))
+            return False
+        if flags & os.O_TRUNC or self.why or (node is not None and node.messages):
+            return False
+        return node is None or bool(check.wants & ~(node.granted | node.refused))
 
     def begin_create(self, slot: Slot) -> None:
         """A CREATE is about to be handed over: take note of what it wants."""
         assert slot.check is not None
-        slot.check.wants = self._wanted(slot)
+        flags: int = _U32(self._map, slot.at + _IN)[0]
+        slot.check.wants = _READ if flags & os.O_ACCMODE == os.O_RDONLY else _READ | _WRITE
 
     def created(self, slot: Slot) -> None:
         """The reply to a CREATE is there: now the inode is known."""
+        assert slot.check is not None
+        if not slot.errno and slot.length >= _ENTRY + _OPEN_OUT.size:
+            slot.check.nodeid = _U64(self._map, slot.data_at)[0]
+
+    def settle(self, slot: Slot) -> bool:
+        """All else that an answer needs is there: return whether it need not wait for more."""
         check = slot.check
         assert check is not None
-        if not slot.errno and slot.length >= _ENTRY + _OPEN_OUT.size:
-            check.nodeid = _U64(self._map, slot.data_at)[0]
-            self._wait_for(slot, self._node(check.nodeid))
-            self._queue.kick()
+        if check.asked or slot.errno or not check.nodeid:
+            return True
+        node = self._nodes.get(check.nodeid)
+        if (node is not None and node.opens) or self._pays(check):
+            self._wait_for(slot, node or self._node(check.nodeid))
+            if check.waits:
+                self._queue.kick()
+        return not check.waits
+
+    def _pays(self, check: OpenCheck) -> bool:
+        """Whether passing a file through is worth a set-up."""
+        if not self._pass_from:
+            return True
+        return check.body is not None and _U64(check.body, _SIZE_AT)[0] >= self._pass_from
 
     def is_untidy(self) -> bool:
         """Whether there is something for ``tidy``."""
@@ -217,10 +260,6 @@ class Passthrough:
             if slot.check is not None and slot.check.replied
         ]
 
-    def _wanted(self, slot: Slot) -> int:
-        flags: int = _U32(self._map, slot.at + _IN)[0]
-        return _READ if flags & os.O_ACCMODE == os.O_RDONLY else _READ | _WRITE
-
     def _node(self, nodeid: int) -> _Node:
         node = self._nodes.get(nodeid)
         if node is None:
@@ -234,7 +273,7 @@ class Passthrough:
         missing = check.wants & ~node.granted
         if not missing or missing & node.refused or node.messages or self.why:
             return
-        check.waits = True
+        check.waits = check.asked = True
         node.waiting.append(slot)
         if not node.asking:
             self._ask(node, check.wants)
@@ -375,7 +414,7 @@ class Passthrough:
                 ready.append(slot)
         if node.asking:
             self._queue.kick()
-        self._drop_forgotten(node)
+        self._drop_idle(node)
         return ready
 
     def _send_queued(self) -> None:
@@ -442,7 +481,7 @@ class Passthrough:
             node.opens -= 1
             if not node.opens:
                 self._keep(node)
-        self._drop_forgotten(node)
+        self._drop_idle(node)
 
     def taken_back(self, slot: Slot) -> None:
         """The kernel has not taken the answer to an open."""
@@ -460,10 +499,13 @@ class Passthrough:
         node = self._nodes.get(nodeid)
         if node is not None:
             node.forgotten = True
-            self._drop_forgotten(node)
+            self._drop_idle(node)
 
-    def _drop_forgotten(self, node: _Node) -> None:
-        if node.forgotten and not node.is_used():
+    def _drop_idle(self, node: _Node) -> None:
+        """Forget a node that nobody uses, if the kernel has, or if nothing is known of it."""
+        if node.is_used():
+            return
+        if node.forgotten or not (node.backing_id or node.passed or node.refused):
             if node.backing_id:
                 self._close(node)
             self._nodes.pop(node.nodeid, None)
