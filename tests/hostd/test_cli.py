@@ -45,7 +45,11 @@ def home() -> Iterator[Path]:
 
 @contextmanager
 def daemon(*arguments: str, fds: tuple[int, ...] = ()) -> Iterator[subprocess.Popen[bytes]]:
-    """The daemon as one process, listening; killed at the end unless it has ended."""
+    """The daemon, listening; killed at the end unless it has ended.
+
+    Without a sandbox, because these look at the one process that was started; ``test_sandbox`` has
+    the others.
+    """
     process = subprocess.Popen(
         [*COMMAND, *arguments, "--sandbox", "none"],
         stderr=subprocess.PIPE,

@@ -120,7 +120,9 @@ def test_no_room_for_another_guest(
                 sock.settimeout(DEADLINE)
                 sock.connect(path)
                 assert sock.recv(1) == b""
-        assert len(os.listdir("/proc/self/fd")) == before
+        wait_until(
+            lambda: len(os.listdir("/proc/self/fd")) == before, DEADLINE, "descriptors to be closed"
+        )
         with connect(path) as guest:
             guest.handshake()
 

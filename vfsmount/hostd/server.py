@@ -239,7 +239,7 @@ class Server:
                 sock, self._share, name=name, poll_ns=self._poll_us * 1000, alone=self._once
             )
         except OSError as error:  # no descriptor left for its root
-            logger.warning("cannot serve %s: %s", name, error)
+            logger.warning("cannot serve %s: %s", name, str(error))
             sock.close()
             return
         thread = threading.Thread(target=self._serve, args=(guest,), name=name, daemon=True)
@@ -248,7 +248,7 @@ class Server:
                 thread.start()
                 self._guests[guest] = thread
         except RuntimeError as error:  # the host allows no more threads
-            logger.warning("cannot serve %s: %s", name, error)
+            logger.warning("cannot serve %s: %s", name, str(error))
             guest.close()
 
     def _serve(self, guest: Connection) -> None:
