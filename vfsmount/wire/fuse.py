@@ -144,6 +144,9 @@ def _operations() -> dict[Opcode, Operation]:
 #: The row of each opcode.
 OPERATIONS: Final[Mapping[Opcode, Operation]] = _operations()
 
+#: As plain numbers: a member of an enum takes as long to find as a record to make.
+_INIT, _SETXATTR = int(Opcode.INIT), int(Opcode.SETXATTR)
+
 #: Name of each opcode for logs and tables, without the cost of an enum look-up.
 OPCODE_NAMES: Final[Mapping[int, str]] = {int(opcode): opcode.name for opcode in Opcode}
 
@@ -202,25 +205,29 @@ def decode_request(message: Buffer, *, setxattr_ext: bool = True) -> Request:
     """
     view = memoryview(message).cast("B")
     header = IN_HEADER.unpack(view)
-    if not IN_HEADER.size <= header.len <= view.nbytes:
-        raise WireError(f"header says {header.len} bytes, {view.nbytes} are there")
-    operation = OPERATIONS.get(header.opcode)  # type: ignore[call-overload]  # an int is fine
+    length, opcode = header.len, header.opcode
+    if not IN_HEADER.size <= length <= view.nbytes:
+        raise WireError(f"header says {length} bytes, {view.nbytes} are there")
+    operation = OPERATIONS.get(opcode)  # type: ignore[call-overload]  # an int is fine
     if operation is None:
-        raise WireError(f"unknown opcode {header.opcode}")
-    body = view[IN_HEADER.size : header.len]
-    body, extensions = _split_extensions(body, header.total_extlen * 8)
+        raise WireError(f"unknown opcode {opcode}")
+    body, extensions = view[IN_HEADER.size : length], NO_EXTENSIONS
+    if header.total_extlen:
+        body, extensions = _split_extensions(body, header.total_extlen * 8)
     codec: Codec[Any] | None = operation.args
-    if header.opcode == Opcode.SETXATTR and not setxattr_ext:
+    if opcode == _SETXATTR and not setxattr_ext:
         codec = fuse_structs.SETXATTR_IN_COMPAT
     args = None
-    if header.opcode == Opcode.INIT:
+    names: tuple[bytes, ...] = ()
+    if opcode == _INIT:
         args, body = _decode_init_in(body)
     elif codec is not None:
         args = codec.unpack(body)
         body = body[codec.size :]
-    names, body = _split_names(body, operation.names)
-    if not operation.data and body.nbytes:
-        raise WireError(f"{body.nbytes} bytes too many in {opcode_name(header.opcode)}")
+    if operation.names:
+        names, body = _split_names(body, operation.names)
+    if body.nbytes and not operation.data:
+        raise WireError(f"{body.nbytes} bytes too many in {opcode_name(opcode)}")
     return Request(header, args, names, body, extensions)
 
 
@@ -235,8 +242,6 @@ def _decode_init_in(body: memoryview) -> tuple[InitIn, memoryview]:
 
 
 def _split_names(body: memoryview, count: int) -> tuple[tuple[bytes, ...], memoryview]:
-    if not count:
-        return (), body
     parts = bytes(body).split(b"\0", count)
     if len(parts) <= count:
         raise WireError("a name has no NUL")
@@ -245,8 +250,6 @@ def _split_names(body: memoryview, count: int) -> tuple[tuple[bytes, ...], memor
 
 
 def _split_extensions(body: memoryview, length: int) -> tuple[memoryview, Extensions]:
-    if not length:
-        return body, NO_EXTENSIONS
     if length > body.nbytes:
         raise WireError(f"extensions of {length} bytes in a body of {body.nbytes}")
     start = body.nbytes - length

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from vfsmount.hostd.fs.keeping import NodeKeeper
 
-__all__ = ["MAX_NODE_FDS", "Inode", "InodeTable"]
+__all__ = ["MAX_NODE_FDS", "NODE_FLAGS", "Inode", "InodeTable"]
 
 #: Nodes are held by a descriptor that can do nothing but name them, links included.
 NODE_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC

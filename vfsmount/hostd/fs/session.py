@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from vfsmount.hostd.credentials import Credentials
 from vfsmount.hostd.fs import attributes, labels
 from vfsmount.hostd.fs.handles import FileHandle, HandleTable
-from vfsmount.hostd.fs.inodes import InodeTable
+from vfsmount.hostd.fs.inodes import NODE_FLAGS, InodeTable
 from vfsmount.hostd.fs.locks import GuestLocks
 from vfsmount.hostd.window import ALIGNMENT_SHIFT, DaxWindow
 from vfsmount.wire.fuse import (
@@ -303,10 +303,11 @@ class Session:
         Raises:
             OSError: As ``look_up``; or it cannot have its labels, and is removed again.
         """
-        nodeid, found, place = self.inodes.look_up(parent.fd, name)
+        # New, so without asking first whether it is known, as ``look_up`` does.
+        inode, found = self.inodes.adopt(os.open(name, NODE_FLAGS, dir_fd=parent.fd))
         if self.wants_labels(request):
-            found = self.label(request, self.inodes.get(nodeid), parent, name)
-        return self.entry(parent, nodeid, found, place)
+            found = self.label(request, inode, parent, name)
+        return self.entry(parent, inode.nodeid, found, inode.place)
 
     def wants_labels(self, request: Request) -> bool:
         """Whether a creating request brings security labels that were agreed on."""
