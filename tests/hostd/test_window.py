@@ -48,7 +48,14 @@ class Front(RequestChannel):
         self.whole: dict[tuple[int, int], None] = {}
         self.refuses = 0
 
-    def ask(self, request: BackendRequest, record: Payload, fds: Sequence[int] = ()) -> None:
+    def ask(
+        self,
+        request: BackendRequest,
+        record: Payload,
+        fds: Sequence[int] = (),
+        *,
+        wait: bool = True,
+    ) -> None:
         assert isinstance(record, ShmemMap)
         first, count = record.shm_offset // ALIGNMENT, record.length // ALIGNMENT
         place = slice(first, first + count)
@@ -170,7 +177,14 @@ def test_a_bounded_number_of_mappings() -> None:
 class Counting(Front):
     """Takes everything."""
 
-    def ask(self, request: BackendRequest, record: Payload, fds: Sequence[int] = ()) -> None:
+    def ask(
+        self,
+        request: BackendRequest,
+        record: Payload,
+        fds: Sequence[int] = (),
+        *,
+        wait: bool = True,
+    ) -> None:
         pass
 
 
@@ -224,6 +238,22 @@ def test_answers(value: int, name: str | None) -> None:
         else:
             with expect_errno(name):
                 channel.ask(BackendRequest.SHMEM_MAP, RECORD, [0])
+
+
+def test_what_nobody_waits_for_comes_first() -> None:
+    asked = []
+
+    def react(sock: socket.socket) -> None:
+        for _ in range(2):
+            message = receive(sock)
+            assert message is not None
+            asked.append((message.header.request, message.header.needs_reply))
+        send_reply(sock, asked[-1][0], encode_ack(0))
+
+    with answering(react) as channel:
+        channel.ask(BackendRequest.SHMEM_UNMAP, RECORD, wait=False)
+        channel.ask(BackendRequest.SHMEM_UNMAP, RECORD)
+    assert asked == [(BackendRequest.SHMEM_UNMAP, False), (BackendRequest.SHMEM_UNMAP, True)]
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 12, b"\x09\0\0\0\x01\0\0\0\x08\0\0\0" + bytes(8)])

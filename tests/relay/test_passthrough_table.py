@@ -176,7 +176,7 @@ def test_more_rights_are_asked_for_and_the_id_stays(stage: Stage) -> None:
     assert stage.opened == {number}
 
 
-def test_the_daemon_lets_go_of_files_for_writing_at_once(stage: Stage) -> None:
+def test_the_daemon_lets_go_of_files_for_writing_soon(stage: Stage) -> None:
     """Of others when there is time: they keep nobody from executing the file."""
     reader, writer = stage.begin(2, os.O_RDONLY), stage.begin(3, os.O_RDWR)
     for pending in stage.sent[:]:
@@ -184,6 +184,11 @@ def test_the_daemon_lets_go_of_files_for_writing_at_once(stage: Stage) -> None:
         moffset = struct.unpack_from("<Q", pending.body, 32)[0]
         stage.mapped[moffset] = (pending.nodeid, pending.nodeid == 3)
         stage.table.learned(pending)
+    assert stage.sent == []
+    (until,) = stage.table.lingering.values()
+    stage.table.let_go(until - 1)
+    assert stage.sent == []
+    stage.table.let_go(until)
     (removal,) = stage.sent
     assert removal.opcode == Opcode.REMOVEMAPPING
     gone = struct.unpack_from("<Q", removal.body, 4)[0]
@@ -195,6 +200,21 @@ def test_the_daemon_lets_go_of_files_for_writing_at_once(stage: Stage) -> None:
     stage.serve()
     assert not stage.table.is_untidy()
     assert [stage.answer(slot)[2] for slot in (reader, writer)] == [PASSED, PASSED]
+
+
+def test_the_next_file_takes_the_place_of_one_for_writing(stage: Stage) -> None:
+    """And so the daemon lets go of it without a message; not if it refuses the next."""
+    stage.open(2, os.O_RDWR)
+    stage.open(3)
+    assert not stage.table.lingering
+    stage.open(4, os.O_RDWR)
+    stage.readonly = True
+    stage.open(5, os.O_RDWR)
+    assert stage.table.lingering
+    stage.table.let_go(1 << 63)
+    assert [one.opcode for one in stage.sent] == [Opcode.REMOVEMAPPING]
+    stage.serve()
+    assert not stage.table.lingering
 
 
 def test_another_file_for_the_same_node_is_refused(stage: Stage) -> None:

@@ -50,6 +50,7 @@ BackendHandler: TypeAlias = Callable[[Payload, list[int]], int]
 OlderHandler: TypeAlias = Callable[[bytes, list[int]], int]
 
 _U64_MASK: Final = (1 << 64) - 1
+_REPLY_ACK: Final = int(ProtocolFeature.REPLY_ACK)
 
 
 class Negotiated(Protocol):
@@ -147,7 +148,7 @@ class BackendRequestServer:
             result = self._handle(message)
         finally:
             close_all(message.fds)
-        if header.needs_reply and self._negotiated.protocol_features & ProtocolFeature.REPLY_ACK:
+        if header.needs_reply and self._negotiated.protocol_features & _REPLY_ACK:
             # Failures are negated errnos in a u64, as the Rust implementations write them.
             payload = encode_ack(-result & _U64_MASK)
             return encode_header(header.request, len(payload), reply=True) + payload

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Window", "older_handlers", "region_size", "window_handlers"]
 
 _UNLIMITED: Final = 1 << 62
+_WRITABLE: Final = int(ShmemFlag.WRITABLE)
 _OLDER: Final = ProtocolFeature.BACKEND_REQ | ProtocolFeature.BACKEND_SEND_FD
 
 
@@ -75,9 +76,9 @@ def window_handlers(window: Window) -> dict[BackendRequest, BackendHandler]:
 
     def map_(record: Payload, fds: list[int]) -> int:
         assert isinstance(record, ShmemMap)
-        if record.shmid != DAX_SHMID or record.flags & ~int(ShmemFlag.WRITABLE):
+        if record.shmid != DAX_SHMID or record.flags & ~_WRITABLE:
             return errno.EINVAL
-        writable = bool(record.flags & ShmemFlag.WRITABLE)
+        writable = bool(record.flags & _WRITABLE)
         return window.map(record.shm_offset, record.length, record.fd_offset, writable, fds[0])
 
     def unmap(record: Payload, _fds: list[int]) -> int:

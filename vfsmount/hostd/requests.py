@@ -63,13 +63,22 @@ class RequestChannel:
         """Close the channel; again is harmless. The front-end's answers no longer matter."""
         self._socket.close()
 
-    def ask(self, request: BackendRequest, record: Payload, fds: Sequence[int] = ()) -> None:
+    def ask(
+        self,
+        request: BackendRequest,
+        record: Payload,
+        fds: Sequence[int] = (),
+        *,
+        wait: bool = True,
+    ) -> None:
         """Ask the front-end for something and wait until it is done.
 
         Args:
             request: What, of those that have no reply but an acknowledgement.
             record: Its payload.
             fds: Descriptors to send along; they stay ours.
+            wait: Else the front-end does it before whatever it is asked next, and nobody learns how
+                it went.
 
         Raises:
             OSError: The front-end's errno, EIO for a failure without one; EIO as well when it does
@@ -78,8 +87,9 @@ class RequestChannel:
         if self._socket.fileno() < 0:
             raise OSError(errno.EIO, "the back-end request channel is closed")
         try:
-            socket.send_fds(self._socket, [encode_message(request, record, need_reply=True)], fds)
-            answer = self._answer(request)
+            message = encode_message(request, record, need_reply=wait)
+            socket.send_fds(self._socket, [message], fds)
+            answer = self._answer(request) if wait else 0
         except (OSError, VfsmountError) as error:
             logger.warning("the front-end did not answer %s: %s", request.name, str(error))
             self.close()

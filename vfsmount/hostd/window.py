@@ -35,6 +35,7 @@ ALIGNMENT: Final = 1 << ALIGNMENT_SHIFT
 #: Mappings of one guest. Each takes one of the front-end's, of which Linux allows 65530.
 MAX_MAPPINGS: Final = 4096
 _MAX_OFFSET: Final = (1 << 63) - 1
+_WRITABLE: Final = int(ShmemFlag.WRITABLE)
 
 
 class _File:
@@ -114,7 +115,7 @@ class DaxWindow:
             file = self._files[key] = _File(key, open_file())
         file.mappings += 1  # so that it survives the removal of its last mapping just here
         try:
-            self.remove(moffset, length)
+            self._remove(moffset, length, wait=False)  # what is asked next comes later
             self._map(_Mapping(moffset, length, foffset, file))
         finally:
             self._let_go(file)
@@ -127,13 +128,16 @@ class DaxWindow:
                 front-end would not map again what remains of a mapping.
         """
         self._check(moffset, length)
+        self._remove(moffset, length, wait=True)
+
+    def _remove(self, moffset: int, length: int, *, wait: bool) -> None:
         end = moffset + length
         first = bisect_right(self._mappings, moffset, key=lambda one: one.end)
         behind = bisect_left(self._mappings, end, key=lambda one: one.moffset)
         touched = self._mappings[first:behind]
         del self._mappings[first:behind]
         for one in touched:
-            self._unmap(one)
+            self._unmap(one, wait=wait)
         try:
             for one in touched:  # only the first and the last can stick out
                 if one.moffset < moffset:
@@ -163,7 +167,7 @@ class DaxWindow:
 
     def _map(self, one: _Mapping) -> None:
         writable = one.file.key[1]
-        flags = int(ShmemFlag.WRITABLE) if writable else 0
+        flags = _WRITABLE if writable else 0
         record = ShmemMap(DAX_SHMID, one.foffset, one.moffset, one.length, flags)
         if self.channel is None:
             raise OSError(errno.EIO, "there is no back-end request channel")
@@ -173,12 +177,12 @@ class DaxWindow:
             bisect_left(self._mappings, one.moffset, key=lambda other: other.moffset), one
         )
 
-    def _unmap(self, one: _Mapping) -> None:
+    def _unmap(self, one: _Mapping, *, wait: bool) -> None:
         # A front-end that says no has dropped it by itself, as it does in a reset.
         if self.channel is not None:
             with suppress(OSError):
                 record = ShmemMap(DAX_SHMID, 0, one.moffset, one.length, 0)
-                self.channel.ask(BackendRequest.SHMEM_UNMAP, record)
+                self.channel.ask(BackendRequest.SHMEM_UNMAP, record, wait=wait)
 
     def _let_go(self, file: _File) -> None:
         file.mappings -= 1

@@ -80,6 +80,8 @@ _FORGET_SECONDS: Final = 0.01
 #: Seconds of idleness after which memory is given back, when it is more than _KEEP bytes.
 _TRIM_SECONDS: Final = 1.0
 _KEEP: Final = 4 << 20
+#: Seconds of sleep while the daemon has files open for writing that we are done with.
+_LINGER_SECONDS: Final = 0.001
 #: Single reads after which the relay stops to look for a second request before it kicks.
 _BURST: Final = 8
 #: Nanoseconds that they may wait for it, however long the search for something to do is.
@@ -264,8 +266,11 @@ class Relay:
         found = False
         since = 0  # when the present search for something to do began; 0 while there is some
         while not orders.given:
-            if passthrough is not None and passthrough.is_asking():
-                self._serve_asked()
+            if passthrough is not None:
+                if passthrough.is_asking():
+                    self._serve_asked()
+                if passthrough.lingering:
+                    passthrough.let_go(now_ns())
             if found or has_used():
                 collect()
                 since = 0
@@ -302,7 +307,8 @@ class Relay:
         if ring.outstanding and ring.arm():
             return
         watch = self._replies if self._spare_slot() is None else self._all
-        events = watch.poll(self._timeout())
+        lingering = self._passthrough is not None and bool(self._passthrough.lingering)
+        events = watch.poll(_LINGER_SECONDS if lingering else self._timeout())
         ring.disarm()
         self._asleep = True
         for fd, _ in events:
@@ -313,7 +319,7 @@ class Relay:
             elif self._asked is not None and fd == self._asked.fileno():
                 self._serve_asked()
         if not events or perf_counter_ns() > self._looked_ns:
-            self._look_after(idle=not events)
+            self._look_after(idle=not events and not lingering)
 
     def _serve_asked(self) -> None:
         """Do what the daemon asks of us."""

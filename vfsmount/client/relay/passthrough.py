@@ -35,6 +35,7 @@ import logging
 import os
 import stat
 import struct
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final
 
 from vfsmount.channel.inflight import Pending
@@ -66,6 +67,10 @@ _KEPT: Final = 1024
 _PATIENCE: Final = 16
 #: Descriptors that are asked for at a time, and files that stay mapped until there is time.
 _RANGES: Final = 32
+#: Nanoseconds that the daemon may have a file open for writing for us when we are done with it: as
+#: long, nobody can execute it at the host. The next file to be set up comes in its place, which
+#: saves a message.
+_LINGER_NS: Final = 1_000_000
 #: What says nothing about the file.
 _PASSING: Final = frozenset(
     (
@@ -143,6 +148,8 @@ class Passthrough:
 
     Attributes:
         why: Why nothing is asked for any more; empty while it is.
+        lingering: Free ranges in which a file is still mapped for writing, and until when it may
+            be, ``perf_counter_ns``.
     """
 
     def __init__(self, loan: Loan, window: Window, files: BackingFiles, pass_from: int) -> None:
@@ -152,6 +159,7 @@ class Passthrough:
         self._map = loan.memory.map
         self._window = window
         self._files = files
+        self.lingering: dict[int, int] = {}
         self._ranges = [at for at in (window.reserve() for _ in range(_RANGES)) if at is not None]
         if not self._ranges:
             self.why = "the window has no range to spare"
@@ -293,6 +301,7 @@ class Passthrough:
         if not self._queue.submit(pending, kick=False):
             return False
         self._ranges.remove(moffset)
+        self.lingering.pop(moffset, None)
         self._set_ups[pending] = node, node.asking, moffset
         return True
 
@@ -308,7 +317,8 @@ class Passthrough:
             error = pending.errno or self._register(node, wants, moffset)
             if error:
                 self._refused(node, wants, error, by_daemon=bool(pending.errno))
-            self._end_use(moffset, writable=bool(wants & _WRITE))
+            # After an error something else may still be mapped there.
+            self._end_use(moffset, writable=bool(wants & _WRITE or error))
             ready = self._go_on(node, granted=not error)
         elif pending in self._removals:
             self._ranges.append(self._removals.pop(pending))
@@ -375,12 +385,22 @@ class Passthrough:
     def _end_use(self, moffset: int, *, writable: bool) -> None:
         """The range is free; what is mapped there now gives way to the next file, or to ``tidy``.
 
-        Not what was opened for writing: as long as the daemon has that, the file cannot be executed
-        at the host.
+        What was opened for writing does so first, and soon (``let_go``).
         """
-        if not (writable and self._clear(moffset)):
+        self._untidy.add(moffset)
+        if writable:
+            self._ranges.insert(0, moffset)
+            self.lingering[moffset] = perf_counter_ns() + _LINGER_NS
+        else:
             self._ranges.append(moffset)
-            self._untidy.add(moffset)
+
+    def let_go(self, now: int) -> None:
+        """Have the daemon let go of files that it has open for writing, if it is time."""
+        for moffset in [one for one, until in self.lingering.items() if until <= now]:
+            if not self._clear(moffset):
+                return
+            self._ranges.remove(moffset)
+            del self.lingering[moffset]
 
     def _clear(self, moffset: int) -> bool:
         """Have the daemon let go of a file; the range is ours again when it has."""
@@ -399,6 +419,7 @@ class Passthrough:
             if not self._clear(moffset):
                 return
             self._ranges.remove(moffset)
+            self.lingering.pop(moffset, None)
 
     def _go_on(self, node: _Node, *, granted: bool) -> list[Slot]:
         """Return the opens of a node that are ready; more is asked for where that may help."""
@@ -533,3 +554,4 @@ class Passthrough:
             assert node.opens == kinds.count((node, True))
             assert node.messages == kinds.count((node, False))
         assert len(self._kept) <= _KEPT
+        assert self.lingering.keys() <= self._untidy & set(self._ranges)
