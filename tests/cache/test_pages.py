@@ -42,6 +42,19 @@ class PagesMachine(RuleBasedStateMachine):
         data = self.files[file][start : start + size]
         self.pages.put(file, start, data, ends=len(data) < size)
 
+    @rule(file=FILES, block=st.integers(0, 6), changed=st.booleans())
+    def fetch_late(self, file: int, block: int, changed: bool) -> None:
+        """What was there when the host was asked may be something else by now."""
+        start, size = block * BLOCK, 2 * BLOCK
+        with self.pages.fetching(file) as fetch:
+            assert file in self.pages
+            data = self.files[file][start : start + size]
+            if changed:
+                self.write(file, start, b"newer")
+            assert fetch.is_true is not changed
+            if fetch.is_true:
+                self.pages.put(file, start, data, ends=len(data) < size)
+
     @rule(file=FILES, start=PLACES, size=st.integers(0, 50))
     def read(self, file: int, start: int, size: int) -> None:
         found = self.pages.read(file, start, size)

@@ -135,3 +135,10 @@ def test_probe_text() -> None:
     text = format_probe({"socket": "/s", "daemon": DAEMON | {"tag": "myfs", "max_mem_slots": None}})
     assert text.startswith("/s\n  tag           myfs\n  queues ")
     assert "memory" not in text
+
+
+def test_pages_are_shown_where_they_are_ours() -> None:
+    pages = {"pages_by": "vfsmount", "pages_bytes": 5 << 20, "pages_limit_bytes": 64 << 20}
+    assert "pages 5 of 64 MiB" in format_status(STATUS | {"cache": STATUS["cache"] | pages})
+    kernel = {"pages_by": "kernel"}
+    assert "pages" not in format_status(STATUS | {"cache": STATUS["cache"] | kernel})

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.fsx import Exerciser
 from tests.support.daemons import require_daemon
+from tests.support.namespace import small_readahead
 from tests.support.shares import open_shared
 
 pytestmark = [pytest.mark.needs_fuse, pytest.mark.slow]
@@ -55,3 +56,9 @@ def test_random_operations(kind: str, engine: str, mode: str, writeback: bool) -
         finally:
             exerciser.close()
     print(exerciser.counts, exerciser.refused)
+
+
+@pytest.mark.parametrize("writeback", [False, True])
+def test_random_operations_with_pages_kept_here(writeback: bool) -> None:
+    with small_readahead():
+        test_random_operations("bundled", "pyfuse3", "auto", writeback)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import itertools
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.support.daemons import DAEMON_KINDS, require_daemon
+from tests.support.namespace import small_readahead
 from tests.support.shares import Shared, messages, open_shared
+from vfsmount.client.status import read_status
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -72,6 +75,8 @@ class Proof:
         bounds: By mode, what it may cost; a mode that is absent promises nothing.
         again: The action is done once before it is counted: in all modes, or in ``always``.
         writeback: On a mount with ``--writeback``.
+        kernel: Where the kernel reads far ahead, as it may for root.
+        ahead: Also where the kernel may not read far ahead and the pyfuse3 engine does instead.
     """
 
     name: str
@@ -80,6 +85,8 @@ class Proof:
     bounds: dict[str, list[Bound]]
     again: tuple[str, ...] = field(default=("always",))
     writeback: bool = False
+    kernel: bool = True
+    ahead: bool = False
 
 
 # --- actions, in the folder of a descriptor ------------------------------------------------------
@@ -134,6 +141,16 @@ def read_all(folder: int) -> None:
         os.close(fd)
 
 
+def read_and_drop(folder: int) -> None:
+    """Read, and have the kernel give up what it keeps of that."""
+    read_all(folder)
+    fd = os.open("file", os.O_RDONLY, dir_fd=folder)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
 def write_pieces(folder: int) -> None:
     fd = os.open("new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=folder)
     try:
@@ -168,10 +185,14 @@ PROOFS = [
         "none": [at_least(1, "READ")],
         "auto": [at_most(0, "READ")],
         "always": [at_most(0, "READ")],
-    }, again=MODES),
+    }, again=MODES, ahead=True),
     Proof("read-16-MiB", make_file(16 * MIB), read_all, {
         "auto": [at_least(1, "READ"), at_most(20, "READ")],
-    }),
+    }, ahead=True),
+    Proof("read-dropped", make_file(16 * MIB), read_and_drop, {
+        "auto": [at_most(0, "READ")],
+        "always": [at_most(0, "READ")],
+    }, again=MODES, kernel=False, ahead=True),
     Proof("write-pieces", make_file(1), write_pieces, {
         "auto": [at_least(1, "WRITE"), at_most(2, "WRITE")],
         "always": [at_least(1, "WRITE"), at_most(2, "WRITE")],
@@ -189,27 +210,36 @@ SITES = [
     pytest.param(
         site,
         marks=[] if site[0] == "bundled" else [pytest.mark.needs_daemon],
-        id="-".join(site[:3]) + "-writeback" * site[3],
+        id="-".join(site[:3]) + "-writeback" * site[3] + "-ahead" * site[4],
     )
-    for site in itertools.product(DAEMON_KINDS, ENGINES, MODES, (False, True))
+    for site in (
+        *itertools.product(DAEMON_KINDS, ENGINES, MODES, (False, True), (False,)),
+        *itertools.product(DAEMON_KINDS, ("pyfuse3",), MODES[1:], (False,), (True,)),
+    )
 ]
 
 
 def is_case(params: dict[str, Any]) -> bool:
     """Whether a row says something about a mount."""
-    _, _, mode, writeback = params["shared"]
+    _, _, mode, writeback, ahead = params["shared"]
     proof = params["proof"]
-    return mode in proof.bounds and proof.writeback == writeback
+    there = proof.ahead if ahead else proof.kernel
+    return mode in proof.bounds and proof.writeback == writeback and there
 
 
 @pytest.fixture(scope="module", params=SITES)
 def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
     """A mount for all rows."""
-    kind, engine, mode, writeback = request.param
+    kind, engine, mode, writeback, ahead = request.param
     require_daemon(kind)
     # What the caches alone are good for: mapped files need no READ or WRITE in any mode.
     options = ["--dax=off", "--timeout", LONG]
-    with open_shared(kind, engine, mode, options=options, writeback=writeback) as shared:
+    with (
+        small_readahead() if ahead else nullcontext(),
+        open_shared(kind, engine, mode, options=options, writeback=writeback) as shared,
+    ):
+        keeper = read_status(str(shared.mounts[0].path))["cache"]["pages_by"]
+        assert keeper == ("vfsmount" if ahead else "kernel")
         yield shared
 
 

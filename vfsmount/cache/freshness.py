@@ -89,6 +89,11 @@ class Freshness:
         if len(given) > self._limit:
             _give_up(given)
 
+    def is_given(self, nodeid: int, raw: bytes) -> bool:
+        """Whether the file is as the attributes say that the kernel was told last."""
+        given = self._given.get(nodeid)
+        return given is not None and _essence(given) == _essence(raw)
+
     def open(self, nodeid: int, raw: bytes | None) -> Verdict:
         """Judge an open by the attributes that the daemon has just given, None when it did not.
 

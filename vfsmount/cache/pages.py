@@ -4,19 +4,37 @@ A block that is shorter than the others is the end of its file, and an empty one
 ends before it. So nobody needs to know the file's size to read from here.
 
 When contents may be believed is not decided here: who opens a file finds out (``freshness``), and
-drops what is old.
+drops what is old. What is on its way meanwhile is not to be kept: whoever reads at the host does so
+below ``fetching``, which tells.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
 
-__all__ = ["BLOCK", "Pages"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["BLOCK", "Fetch", "Pages"]
 
 #: Bytes of one block.
 BLOCK: Final = 1 << 17
 #: Bytes that a block takes beside its contents: two table entries and an object, measured.
 _OVERHEAD: Final = 300
+
+
+class Fetch:
+    """Something that is being read at the host.
+
+    Attributes:
+        is_true: The file has neither been dropped nor written to since it was asked for.
+    """
+
+    __slots__ = ("is_true",)
+
+    def __init__(self) -> None:
+        self.is_true = True
 
 
 class Pages:
@@ -26,18 +44,40 @@ class Pages:
         limit: Bytes in all.
     """
 
-    __slots__ = ("_blocks", "_files", "_limit", "_size")
+    __slots__ = ("_blocks", "_fetches", "_files", "_limit", "_size")
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._blocks: dict[tuple[int, int], bytes] = {}
         self._files: dict[int, set[int]] = {}
+        self._fetches: dict[int, list[Fetch]] = {}
         self._size = 0
 
     @property
     def size(self) -> int:
         """Bytes taken."""
         return self._size
+
+    def __contains__(self, nodeid: int) -> bool:
+        """Whether anything of a file is kept, or on its way."""
+        return nodeid in self._files or nodeid in self._fetches
+
+    @contextmanager
+    def fetching(self, nodeid: int) -> Iterator[Fetch]:
+        """To be entered before the host is asked; what is found may be put while it ``is_true``."""
+        fetch = Fetch()
+        self._fetches.setdefault(nodeid, []).append(fetch)
+        try:
+            yield fetch
+        finally:
+            left = self._fetches[nodeid]
+            left.remove(fetch)
+            if not left:
+                del self._fetches[nodeid]
+
+    def _spoil(self, nodeid: int) -> None:
+        for fetch in self._fetches.get(nodeid, ()):
+            fetch.is_true = False
 
     def read(self, nodeid: int, start: int, size: int) -> bytes | None:
         """Return up to ``size`` bytes from ``start``, fewer at the end; None: not known."""
@@ -83,6 +123,7 @@ class Pages:
 
     def wrote(self, nodeid: int, start: int, size: int) -> None:
         """Some bytes were written: their blocks are old, and so is what is known of the end."""
+        self._spoil(nodeid)
         first, last = start // BLOCK, (start + size) // BLOCK
         for index in list(self._files.get(nodeid, ())):
             if first <= index <= last or len(self._blocks[nodeid, index]) < BLOCK:
@@ -90,6 +131,7 @@ class Pages:
 
     def drop(self, nodeid: int) -> None:
         """Nothing of the file is to be believed any more."""
+        self._spoil(nodeid)
         for index in list(self._files.get(nodeid, ())):
             self._remove(nodeid, index)
 
@@ -100,4 +142,5 @@ class Pages:
         indexed = {(nodeid, index) for nodeid, of in self._files.items() for index in of}
         assert indexed == set(self._blocks)
         assert all(self._files.values())
+        assert all(self._fetches.values())
         assert all(len(block) <= BLOCK for block in self._blocks.values())

@@ -391,11 +391,12 @@ class CachedSession:
             wanted = min(wanted, limit)
             data = await self._session.read(nodeid, fh, position, wanted)
             return data, len(data) < wanted
-        start, before = position - position % BLOCK, self._changes
+        start = position - position % BLOCK
         size = min(_AHEAD, limit) // BLOCK * BLOCK if wanted > BLOCK else BLOCK
-        data = await self._session.read(nodeid, fh, start, size)
-        if before == self._changes:
-            self._pages.put(nodeid, start, data, ends=len(data) < size)
+        with self._pages.fetching(nodeid) as fetch:
+            data = await self._session.read(nodeid, fh, start, size)
+            if fetch.is_true:
+                self._pages.put(nodeid, start, data, ends=len(data) < size)
         return data[position - start :][:wanted], len(data) < size
 
     async def _release(self, nodeid: int, opened: fuse.OpenOut, flags: int) -> None:

@@ -21,6 +21,8 @@ import trio
 
 from vfsmount.client.eager import eager_trio
 from vfsmount.client.operations import VirtioFsOperations
+from vfsmount.client.readahead import READAHEAD
+from vfsmount.client.reading import Reading
 from vfsmount.client.relay.backing import problem
 from vfsmount.client.relay.init import flags_to_withdraw, init_answer, why_no_passthrough
 from vfsmount.client.relay.loop import Relay
@@ -80,6 +82,12 @@ class Engine(Protocol):
             OSError: The device failed.
         """
 
+    def note_readahead(self, kernel: int | None) -> None:
+        """While ``run`` runs: the kernel reads ahead that many bytes; None: nobody knows."""
+
+    def pages_facts(self) -> dict[str, Any]:
+        """Who keeps pages of files, ``kernel`` or ``vfsmount``, for ``status``."""
+
     def terminate(self) -> None:
         """Make ``run`` return when what is in flight has been answered."""
 
@@ -98,11 +106,14 @@ class Pyfuse3Engine:
 
     name = "pyfuse3"
 
-    def __init__(self, session: Session, policy: CachePolicy, reason: str) -> None:
+    def __init__(self, session: Session, policy: CachePolicy, reason: str, cache_size: int) -> None:
         self.reason = reason
         self._session = session
-        handlers = VirtioFsOperations(session, policy)
+        self._handlers = handlers = VirtioFsOperations(session, policy)
         self.operations: pyfuse3.Operations = handlers
+        self._keeps_pages = not policy.direct_io
+        self._cache_size = cache_size
+        self._nursery: trio.Nursery | None = None
         self._behind = handlers.behind
         self._initialised = handlers.initialised
         self._poll_us = session.channel.poll_us
@@ -124,6 +135,7 @@ class Pyfuse3Engine:
         pyfuse3.trio = self._trio  # type: ignore[attr-defined]  # as pyfuse3.asyncio.enable() does
         try:
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 if self._behind is not None:
                     nursery.start_soon(self._behind.run)
                 await pyfuse3.main()
@@ -132,6 +144,23 @@ class Pyfuse3Engine:
             pyfuse3.trio = trio  # type: ignore[attr-defined]
             if self._behind is not None:
                 await self._behind.finish()
+
+    def note_readahead(self, kernel: int | None) -> None:
+        """Read ahead here where the kernel does not read as much as the daemon takes."""
+        enough = min(READAHEAD, self._session.facts.max_read)
+        small = kernel is None or kernel < enough
+        if small and self._keeps_pages and self._cache_size and self._nursery is not None:
+            reading = Reading(self._session, self._cache_size)
+            self._nursery.start_soon(reading.run)
+            self._handlers.reading = reading
+
+    def pages_facts(self) -> dict[str, Any]:
+        """Who keeps pages."""
+        reading = self._handlers.reading
+        if reading is None:
+            return {"pages_by": "kernel"}
+        used = reading.pages.size
+        return {"pages_by": "vfsmount", "pages_bytes": used, "pages_limit_bytes": reading.limit}
 
     def terminate(self) -> None:
         """End pyfuse3's loop."""
@@ -270,6 +299,13 @@ class RelayEngine:
             self._failure = error
         token.run_sync_soon(ended.set)
 
+    def note_readahead(self, kernel: int | None) -> None:
+        """The kernel alone reads ahead."""
+
+    def pages_facts(self) -> dict[str, Any]:
+        """The kernel alone has pages."""
+        return {"pages_by": "kernel"}
+
     def terminate(self) -> None:
         """Have the thread end when what is in flight has been answered."""
         if self._relay is not None:
@@ -295,17 +331,17 @@ def choose_engine(settings: MountSettings, session: Session, policy: CachePolicy
     """Return the engine for a mount.
 
     Args:
-        settings: What was asked for: ``relay``, ``pyfuse3`` or ``auto``, and the window.
+        settings: What was asked for: ``relay``, ``pyfuse3`` or ``auto``, the window, the pages.
         session: The session with the daemon.
         policy: The cache policy.
     """
     wanted, pass_all = settings.engine, settings.dax is not None
     if wanted == "pyfuse3":
-        return Pyfuse3Engine(session, policy, "as asked for")
+        return Pyfuse3Engine(session, policy, "as asked for", settings.cache_size)
     if wanted == "relay":
         return RelayEngine(session, policy, "as asked for", pass_all=pass_all)
     if problem := _relay_problem(session):
-        return Pyfuse3Engine(session, policy, f"relay cannot run: {problem}")
+        return Pyfuse3Engine(session, policy, f"relay cannot run: {problem}", settings.cache_size)
     return RelayEngine(session, policy, "the default", pass_all=pass_all)
 
 

@@ -219,6 +219,7 @@ class _Mount:
         await self.engine.wait_ready()
         if self.entry is not None:  # else it is unmounted again
             self.readahead = raise_readahead(self.entry.device, limit)
+            self.engine.note_readahead(self.readahead)
         self._announcer.ready()  # in the background the log leaves the terminal with this
         self._ready = True
         channel_log.setLevel(logging.NOTSET)

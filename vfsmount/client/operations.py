@@ -33,6 +33,7 @@ from vfsmount.cache.shortages import Shortages
 from vfsmount.cache.xattrs import AbsentXattrs
 from vfsmount.client.listings import KeptListings, dot_line, read_dot_line
 from vfsmount.client.nodes import NodeTable
+from vfsmount.client.reading import Reader
 from vfsmount.client.session import setattr_in
 from vfsmount.client.write_behind import WriteBehind
 from vfsmount.errors import (
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.client.nodes import Node
+    from vfsmount.client.reading import Reading
     from vfsmount.client.session import Session
 
 __all__ = ["VirtioFsOperations"]
@@ -140,7 +142,7 @@ def _errno_of(method: str, error: VfsmountError) -> int:
 class _File:
     """An open file: where it is at the daemon, and what its opener may not keep."""
 
-    __slots__ = ("fh", "flags", "kills_set_id", "node", "number", "wrote")
+    __slots__ = ("fh", "flags", "kills_set_id", "node", "number", "reader", "wrote")
 
     def __init__(self, node: Node, fh: int, flags: int, kills_set_id: bool) -> None:
         self.number = 0
@@ -149,6 +151,7 @@ class _File:
         self.flags = flags
         self.kills_set_id = kills_set_id
         self.wrote = False
+        self.reader: Reader | None = None
 
 
 class _Directory:
@@ -191,7 +194,9 @@ class VirtioFsOperations(pyfuse3.Operations):
         flags = session.facts.flags
         # The kernel's own write-back would take size and times of every file from the host.
         self.enable_writeback_cache = False
-        self.behind = WriteBehind(session) if policy.writeback else None
+        self.behind = WriteBehind(session, self._wrote) if policy.writeback else None
+        #: Reads ahead where the kernel does not; set, if at all, before anything is opened.
+        self.reading: Reading | None = None
         self.enable_acl = InitFlag.POSIX_ACL in flags
         self.initialised = trio.Event()
         self.nodes = NodeTable()
@@ -243,9 +248,18 @@ class VirtioFsOperations(pyfuse3.Operations):
             self._fresh.forget(nodeid)
             self._absent_xattrs.forget(nodeid)
             self._shortages.truncate(nodeid, 0)
+            self._drop_pages(nodeid)
             if self._listings is not None:
                 self._listings.gone(nodeid)
             self._session.forget(nodeid, nlookup)
+
+    def _wrote(self, nodeid: int, start: int, size: int) -> None:
+        if self.reading is not None:
+            self.reading.pages.wrote(nodeid, start, size)
+
+    def _drop_pages(self, nodeid: int) -> None:
+        if self.reading is not None:
+            self.reading.pages.drop(nodeid)
 
     def _release_node(self, nodeid: int) -> None:
         self._give_back(self.nodes.release(nodeid))
@@ -382,7 +396,11 @@ class VirtioFsOperations(pyfuse3.Operations):
             fh=None if fh is None else self._files[fh].fh,
             kill_suidgid=kills and self._killpriv_v2,
         )
-        reply = await self._session.setattr(node.nodeid, changes, ctx)
+        try:
+            reply = await self._session.setattr(node.nodeid, changes, ctx)
+        finally:
+            if fields.update_size:
+                self._drop_pages(node.nodeid)
         if fields.update_size:
             self._shortages.truncate(node.nodeid, attr.st_size)
             if self.behind is not None:
@@ -470,6 +488,7 @@ class VirtioFsOperations(pyfuse3.Operations):
         if flags & os.O_TRUNC:
             self._fresh.forget(node.nodeid)
             self._shortages.truncate(node.nodeid, 0)
+            self._drop_pages(node.nodeid)
             if self.behind is not None:
                 self.behind.truncate(node.nodeid, 0)
             self._changes += 1
@@ -528,6 +547,7 @@ class VirtioFsOperations(pyfuse3.Operations):
         )
         attributes = self._enter(entry)
         node = self.nodes[attributes.st_ino]
+        self._drop_pages(node.nodeid)  # it may have been there, and is empty now
         file = _File(node, opened.fh, flags, kills)
         return self._file_info(file, opened.open_flags, self._policy.keep_cache), attributes
 
@@ -542,8 +562,21 @@ class VirtioFsOperations(pyfuse3.Operations):
         if self.behind is not None:
             await self.behind.flush(file.node.nodeid)
         if size <= self._session.facts.max_read:
+            if file.reader is not None:
+                return await self._read_kept(file, file.reader, off, size)
             return await self._session.read_view(file.node.nodeid, file.fh, off, size)
         return await self._read_pieces(file, off, size)
+
+    async def _read_kept(self, file: _File, reader: Reader, off: int, size: int) -> bytes:
+        """What DAX has mapped comes from there: it is newer than anything that is kept."""
+        assert self.reading is not None
+        dax = self._session.dax
+        if dax is not None:
+            data = dax.read(file.node.nodeid, file.fh, off, size)
+            await dax.give_way()
+            if data is not None:
+                return data
+        return await self.reading.read(reader, off, size)
 
     async def _read_pieces(self, file: _File, off: int, size: int) -> bytes:
         """A kernel's READ that is longer than the daemon's max_pages."""
@@ -576,22 +609,28 @@ class VirtioFsOperations(pyfuse3.Operations):
         return await self._write_through(file, off, buf, write_flags)
 
     async def _write_through(self, file: _File, off: int, buf: bytes, write_flags: int) -> int:
-        nodeid, limit = file.node.nodeid, self._session.facts.max_write
-        if len(buf) <= limit:
-            done = await self._session.write(nodeid, file.fh, off, buf, write_flags, file.flags)
-            if done < len(buf) or self._shortages:
-                self._note_shortage(nodeid, off, done, len(buf))
-            return done
-        done, view = 0, memoryview(buf)
+        nodeid = file.node.nodeid
+        try:
+            if len(buf) <= self._session.facts.max_write:
+                done = await self._session.write(nodeid, file.fh, off, buf, write_flags, file.flags)
+            else:
+                done = await self._write_pieces(file, off, buf, write_flags)
+        finally:
+            self._wrote(nodeid, off, len(buf))
+        if done < len(buf) or self._shortages:
+            self._note_shortage(nodeid, off, done, len(buf))
+        return done
+
+    async def _write_pieces(self, file: _File, off: int, buf: bytes, write_flags: int) -> int:
+        done, view, limit = 0, memoryview(buf), self._session.facts.max_write
         while done < len(buf):
             piece = view[done : done + limit]
             written = await self._session.write(
-                nodeid, file.fh, off + done, piece, write_flags, file.flags
+                file.node.nodeid, file.fh, off + done, piece, write_flags, file.flags
             )
             done += written
             if written < len(piece):
                 break
-        self._note_shortage(nodeid, off, done, len(buf))
         return done
 
     def _note_shortage(self, nodeid: int, off: int, done: int, size: int) -> None:
@@ -642,6 +681,18 @@ class VirtioFsOperations(pyfuse3.Operations):
     async def release(self, fh: FileHandleT) -> None:
         """Last close of a handle."""
         file = self._files.pop(fh)
+        if file.reader is not None and file.reader.ahead is not None:
+            # The kernel does not wait for us before it forgets the node.
+            self.nodes.hold(file.node.nodeid)
+            try:
+                await file.reader.leave()
+                await self._release(file)
+            finally:
+                self._release_node(file.node.nodeid)
+        else:
+            await self._release(file)
+
+    async def _release(self, file: _File) -> None:
         if self.behind is not None:
             await self.behind.release(file.node.nodeid, file)
         await self._session.release(file.node.nodeid, file.fh, file.flags, wait=False)
@@ -816,6 +867,11 @@ class VirtioFsOperations(pyfuse3.Operations):
         direct = self._policy.direct_io
         if self._policy.from_host:
             direct, keep = (bool(theirs & flag) for flag in (_DIRECT_IO, _KEEP_CACHE))
+        if self.reading is not None:
+            if not keep:
+                self.reading.pages.drop(file.node.nodeid)
+            if not direct and not file.flags & os.O_DIRECT:
+                file.reader = Reader(file.node.nodeid, file.fh)
         return FileInfo(fh=pyfuse3.FileHandleT(self._last_fh), direct_io=direct, keep_cache=keep)
 
     def _absent(self) -> EntryAttributes:
@@ -838,8 +894,8 @@ class VirtioFsOperations(pyfuse3.Operations):
         policy = self._policy
         if self.behind is not None and self.behind.end_of(node.nodeid) > attr.size:
             attr = attr._replace(size=self.behind.end_of(node.nodeid))
-        if policy.revalidate:
-            self._fresh.gave(node.nodeid, signature_of(attr))
+        if policy.revalidate or self.reading is not None:
+            self._note_signature(node.nodeid, signature_of(attr))
         out = EntryAttributes()
         out.st_ino = pyfuse3.InodeT(node.inode)
         out.generation = 0
@@ -860,6 +916,12 @@ class VirtioFsOperations(pyfuse3.Operations):
         out.st_mtime_ns = attr.mtime * 1_000_000_000 + attr.mtimensec
         out.st_ctime_ns = attr.ctime * 1_000_000_000 + attr.ctimensec
         return out
+
+    def _note_signature(self, nodeid: int, signature: bytes) -> None:
+        pages = None if self.reading is None else self.reading.pages
+        if pages is not None and nodeid in pages and not self._fresh.is_given(nodeid, signature):
+            pages.drop(nodeid)
+        self._fresh.gave(nodeid, signature)
 
     def _group(self, parent: Node, ctx: RequestContext) -> int | None:
         """The parent's group, if the caller is in it but not primarily: as the kernel chooses.

@@ -56,6 +56,8 @@ DEFAULT_WINDOW = 1 << 30
 """Bytes; addresses only, nothing is held by a window."""
 MAX_WINDOW = 64 << 40
 """Bytes; the bundled daemon offers no more."""
+DEFAULT_CACHE = 64 << 20
+"""Bytes of pages that are kept here."""
 
 # fmt: off
 KERNEL_FLAGS = frozenset((
@@ -152,6 +154,18 @@ def window_size(text: str) -> int:
     return size
 
 
+def byte_size(text: str) -> int:
+    """Convert a number of bytes, with K, M, G or T behind it or not.
+
+    Raises:
+        ValueError: Not such a size.
+    """
+    match = re.fullmatch(r"([0-9]{1,9})([KMGT]?)", text.upper())
+    if match is None:
+        raise ValueError("is not a size such as 64M")
+    return int(match[1]) << UNITS[match[2]]
+
+
 def path(text: str) -> str:
     """Accept a non-empty path.
 
@@ -188,6 +202,13 @@ MOUNT_GROUPS = (
             Option("entry-timeout", "for names", "SEC", seconds),
             Option("negative-timeout", "for names that do not exist", "SEC", seconds),
             Option("dir-timeout", "for listings of directories", "SEC", seconds),
+            Option(
+                "cache-size",
+                "file contents that the pyfuse3 engine may keep, where the kernel may not\n"
+                "read far ahead; 0: none (default 64M)",
+                "SIZE",
+                byte_size,
+            ),
             Option("writeback", "gather writes here until close or fsync", negatable=True),
             Option(
                 "dax",
@@ -298,6 +319,7 @@ class MountSettings:
     entry_timeout: float | None = None
     negative_timeout: float | None = None
     dir_timeout: float | None = None
+    cache_size: int = DEFAULT_CACHE
     writeback: bool = False
     kernel_flags: tuple[str, ...] = ()
     allow_other: bool = False
@@ -409,7 +431,8 @@ def _settings(values: dict[str, Any], mountpoint: str, as_helper: bool) -> Mount
     # fmt: off
     plain = (
         "cache", "timeout", "writeback", "allow_other", "fsname", "subtype", "ready-fd",
-        "cpus", "dax", "engine", "log-level", "request-timeout", "queue-size", "poll-us", *TIMES,
+        "cache-size", "cpus", "dax", "engine", "log-level", "request-timeout", "queue-size",
+        "poll-us", *TIMES,
     )
     # fmt: on
     if values.get("debug"):

@@ -64,7 +64,7 @@ def status_document(mount: Mount, session: Session) -> dict[str, Any]:
         "lost": None if mount.lost is None else str(mount.lost),
         "uptime_s": round(time.monotonic() - mount.started, 3),
         "options": mount.settings.libfuse_options(as_root=is_root()),
-        "cache": cache_facts(mount.policy) | _write_back(mount),
+        "cache": cache_facts(mount.policy) | _write_back(mount) | _pages(mount),
         "kernel": _kernel_facts(mount),
         "readahead_bytes": mount.readahead,
         "daemon": daemon_facts(session),
@@ -111,6 +111,10 @@ def _write_back(mount: Mount) -> dict[str, Any]:
         else:
             who = "kernel" if InitFlag.WRITEBACK_CACHE in flags else "the daemon refuses"
     return {"writeback_by": who}
+
+
+def _pages(mount: Mount) -> dict[str, Any]:
+    return {} if mount.engine is None else mount.engine.pages_facts()
 
 
 def dax_facts(mount: Mount, session: Session) -> dict[str, Any]:

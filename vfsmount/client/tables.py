@@ -80,6 +80,10 @@ def _cache(cache: Mapping[str, Any]) -> str:
     words += [name.replace("_", " ") for name in ("direct_io", "writeback") if cache[name]]
     if cache.get("writeback_by"):
         words[-1] += f" ({cache['writeback_by']})"
+    if cache.get("pages_by") == "vfsmount":
+        words.append(
+            f"pages {cache['pages_bytes'] >> 20} of {cache['pages_limit_bytes'] >> 20} MiB"
+        )
     return ", ".join(words)
 
 

@@ -24,6 +24,8 @@ from vfsmount.cache.dirty import DirtyFiles
 from vfsmount.errors import RemoteErrno, VfsmountError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vfsmount.cache.dirty import DirtyFile, Piece
     from vfsmount.client.session import Session
 
@@ -66,14 +68,21 @@ class WriteBehind:
 
     Args:
         session: Where they are written.
+        wrote: Is told of each piece that has been written, or perhaps: node, start, bytes.
         limit: Bytes that may be dirty in all.
 
     Attributes:
         written: How often something was written out; attributes that were asked for before are old.
     """
 
-    def __init__(self, session: Session, limit: int = 16 << 20) -> None:
+    def __init__(
+        self,
+        session: Session,
+        wrote: Callable[[int, int, int], None] = lambda *_: None,
+        limit: int = 16 << 20,
+    ) -> None:
         self._session = session
+        self._wrote = wrote
         self._files = DirtyFiles(limit)
         self._targets: dict[int, _Target] = {}
         self._woken = trio.Event()
@@ -137,13 +146,16 @@ class WriteBehind:
         self, nodeid: int, handle: Handle, piece: Piece, write_flags: int
     ) -> None:
         start, left = piece.start, memoryview(piece.data)
-        while left:
-            count = await self._session.write(
-                nodeid, handle.fh, start, left, write_flags, handle.flags
-            )
-            if not count:
-                raise RemoteErrno(16, nodeid, errno.EIO)  # FUSE_WRITE of nothing: no progress
-            start, left = start + count, left[count:]
+        try:
+            while left:
+                count = await self._session.write(
+                    nodeid, handle.fh, start, left, write_flags, handle.flags
+                )
+                if not count:
+                    raise RemoteErrno(16, nodeid, errno.EIO)  # FUSE_WRITE of nothing: no progress
+                start, left = start + count, left[count:]
+        finally:
+            self._wrote(nodeid, piece.start, len(piece.data))
 
     def truncate(self, nodeid: int, size: int) -> None:
         """The file has ``size`` bytes now: what could not be written beyond that is void."""
