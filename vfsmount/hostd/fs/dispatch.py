@@ -370,7 +370,10 @@ def _put(writable: list[memoryview], room: int, unique: int, result: bytes | int
 
 
 def _put_error(writable: list[memoryview], unique: int, number: int) -> int:
-    _scatter(writable, _REPLY.pack(REPLY_SIZE, -number, unique))
+    if writable[0].nbytes >= REPLY_SIZE:
+        _reply_into(writable[0], 0, REPLY_SIZE, -number, unique)
+    else:
+        _scatter(writable, _reply(REPLY_SIZE, -number, unique))
     return REPLY_SIZE
 
 

@@ -32,15 +32,20 @@ class FileHandle:
     Attributes:
         fd: Its descriptor.
         inode: Its node.
-        writable: Whether it may be written and truncated.
+        flags: What it was opened with, as for open(2).
     """
 
-    __slots__ = ("fd", "inode", "writable")
+    __slots__ = ("fd", "flags", "inode")
 
     def __init__(self, fd: int, inode: Inode, flags: int) -> None:
         self.fd = fd
         self.inode = inode
-        self.writable = flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
+        self.flags = flags
+
+    @property
+    def writable(self) -> bool:
+        """Whether it may be written and truncated."""
+        return self.flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
 
 
 class HandleTable(Generic[H]):

@@ -78,6 +78,9 @@ _DAX: Final = InitFlag.MAP_ALIGNMENT | InitFlag.HAS_INODE_DAX
 _ACL: Final = InitFlag.POSIX_ACL | InitFlag.DONT_MASK | InitFlag.SETXATTR_EXT
 _READDIRPLUS: Final = InitFlag.DO_READDIRPLUS | InitFlag.READDIRPLUS_AUTO
 
+#: Kinds of nodes that are opened for guests.
+_OPENED: Final = frozenset((stat.S_IFREG, stat.S_IFDIR))
+
 _AS_WE_ARE: Final[AbstractContextManager[None]] = nullcontext()
 
 #: One getdents64 takes this much of a directory: some 800 names, 30 us of kernel time.
@@ -284,7 +287,7 @@ class Session:
             OSError: EBADF for other kinds; ENFILE; the host's errors.
         """
         self.check_room()
-        if inode.kind not in (stat.S_IFREG, stat.S_IFDIR):
+        if inode.kind not in _OPENED:
             raise OSError(errno.EBADF, "only files and directories are opened")
         return os.open(inode.proc_name, flags | os.O_CLOEXEC, dir_fd=self.share.proc_fd)
 
