@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import vfsmount
+from benchmarks import million
 from benchmarks.machine import describe
 from benchmarks.operations import OPERATIONS, TREE_MEBIBYTES
 from benchmarks.peers import Unavailable, load_generator
@@ -35,6 +36,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 ABOUT = "Measure vfsmount beside its nearest relatives; benchmarks/README.md says what and how."
 ROWS = frozenset(OPERATIONS) | frozenset(TREE_QUANTITIES)
+#: Has nothing to compare, and a table of its own.
+MILLION = "million"
+ALL_SERIES = (*SERIES, MILLION)
 QUICK_ROUNDS = 1
 QUICK_SHARE = 0.2
 
@@ -67,6 +71,8 @@ def main() -> int:
         _ignore_signals()
         sweep(work)
         shutil.rmtree(work, ignore_errors=True)
+    if MILLION in options.series and not status:
+        million.measure(200_000 if options.quick else 1_000_000, TMPFS)
     if results.values:
         _publish(plan, results, machine, options.json)
     return status
@@ -97,8 +103,8 @@ def _options() -> argparse.Namespace:
         help=f"of {', '.join(SUBJECTS)}")  # fmt: skip
     add("--ops", type=_names(ROWS), default=ROWS, metavar="A,B",
         help=f"of {', '.join([*OPERATIONS, *TREE_QUANTITIES])}")  # fmt: skip
-    add("--series", type=_names(SERIES), default=DEFAULT, metavar="A,B",
-        help=f"of {', '.join(SERIES)} (default: {', '.join(sorted(DEFAULT))})")  # fmt: skip
+    add("--series", type=_names(ALL_SERIES), default=DEFAULT, metavar="A,B",
+        help=f"of {', '.join(ALL_SERIES)} (default: {', '.join(sorted(DEFAULT))})")  # fmt: skip
     add("--quick", action="store_true", help="one round of a fifth of the calls: does it work?")
     add("--cpu", type=int, default=max(os.sched_getaffinity(0)), metavar="N",
         help="processor for everything (default: the last)")  # fmt: skip
