@@ -77,6 +77,7 @@ class Proof:
         writeback: On a mount with ``--writeback``.
         kernel: Where the kernel reads far ahead, as it may for root.
         ahead: Also where the kernel may not read far ahead and the pyfuse3 engine does instead.
+        engines: That can promise it.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Proof:
     writeback: bool = False
     kernel: bool = True
     ahead: bool = False
+    engines: tuple[str, ...] = ENGINES
 
 
 # --- actions, in the folder of a descriptor ------------------------------------------------------
@@ -111,6 +113,15 @@ def stat_absent_often(folder: int) -> None:
     for _ in range(100):
         with pytest.raises(FileNotFoundError):
             os.stat("absent", dir_fd=folder)
+
+
+def make_link(folder: Path) -> None:
+    (folder / "link").symlink_to("target")
+
+
+def read_link_often(folder: int) -> None:
+    for _ in range(100):
+        assert os.readlink("link", dir_fd=folder) == "target"
 
 
 def list_long(folder: int) -> None:
@@ -172,6 +183,11 @@ PROOFS = [
         "auto": [at_most(1, *ASKS)],
         "always": [at_most(0, *ASKS)],
     }),
+    Proof("readlink-100", make_link, read_link_often, {
+        "none": [at_least(100, "READLINK")],
+        "auto": [at_most(1, "READLINK"), at_most(2, *ASKS)],
+        "always": [at_most(0, "READLINK", *ASKS)],
+    }, engines=("relay",)),
     Proof("list-1000", make_entries, list_long, {
         # The directory itself is looked up, and its attributes asked for when it was read.
         "auto": [at_most(40, *ASKS, *LISTS, *HANDLES), at_most(2, *ASKS), at_most(0, "READDIR")],
@@ -221,9 +237,9 @@ SITES = [
 
 def is_case(params: dict[str, Any]) -> bool:
     """Whether a row says something about a mount."""
-    _, _, mode, writeback, ahead = params["shared"]
+    _, engine, mode, writeback, ahead = params["shared"]
     proof = params["proof"]
-    there = proof.ahead if ahead else proof.kernel
+    there = engine in proof.engines and (proof.ahead if ahead else proof.kernel)
     return mode in proof.bounds and proof.writeback == writeback and there
 
 

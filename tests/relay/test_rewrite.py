@@ -28,6 +28,7 @@ AT = 4016
 NONE = CachePolicy.for_mode("none")
 AUTO = CachePolicy.for_mode("auto", 1.5)
 ALWAYS = CachePolicy.for_mode("always")
+HOST = CachePolicy.for_mode("host")
 
 ATTR = fuse.Attr(7, 100, 8, 1, 2, 3, 4, 5, 6, 0o100644, 1, 0, 0, 0, 4096, 0)
 ENTRY = fuse.EntryOut(42, 0, 86400, 86400, 5, 5, ATTR)
@@ -72,6 +73,14 @@ def test_only_what_both_have_reaches_the_kernel() -> None:
     flags = told(InitFlag.ASYNC_READ | InitFlag.POSIX_LOCKS, accepted)
 
     assert flags & accepted == InitFlag.ASYNC_READ | InitFlag.POSIX_LOCKS
+
+
+def test_targets_of_links_are_kept_unless_nothing_is() -> None:
+    for policy, kept in ((NONE, False), (AUTO, True), (ALWAYS, True), (HOST, False)):
+        assert (InitFlag.CACHE_SYMLINKS in told(EVERYTHING, InitFlag(0), policy)) == kept
+    assert InitFlag.CACHE_SYMLINKS not in told(EVERYTHING, EVERYTHING, NONE)
+    assert InitFlag.CACHE_SYMLINKS in told(EVERYTHING, EVERYTHING, HOST)
+    assert InitFlag.CACHE_SYMLINKS not in told(InitFlag(0), EVERYTHING)
 
 
 def test_what_dev_fuse_cannot_is_hidden() -> None:

@@ -112,6 +112,12 @@ def init_answer(
     flags = ((facts.flags & ~HIDDEN_FLAGS) | OWN_FLAGS) & offered
     if not policy.writeback:
         flags &= ~InitFlag.WRITEBACK_CACHE
+    if policy.direct_io:
+        flags &= ~InitFlag.CACHE_SYMLINKS
+    elif not policy.from_host:
+        # No host changes a target: another one is another node, found by its name. Where that is
+        # valid, the kernel need not ask what it has asked before.
+        flags |= InitFlag.CACHE_SYMLINKS & offered
     if InitFlag.HANDLE_KILLPRIV_V2 in flags:
         flags &= ~InitFlag.HANDLE_KILLPRIV
     elif InitFlag.HANDLE_KILLPRIV not in flags:
