@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.wait import wait_until
 from vfsmount.client import bundled
-from vfsmount.client.bundled import bundled_daemon
+from vfsmount.client.bundled import bundled_daemon, describe_status
 from vfsmount.client.options import MountSettings
 from vfsmount.errors import ConnectError, UsageError
 
@@ -40,6 +40,14 @@ REFUSES = """
 import sys
 sys.stderr.write("vfsmount serve: noise\\nvfsmount serve: /x is not a directory\\n")
 sys.exit(1)
+"""
+FORBIDDEN = """
+import ctypes
+from vfsmount.hostd import seccomp, syscalls
+restrict = seccomp.prepare("kill")
+syscalls.set_no_new_privs()
+restrict()
+ctypes.CDLL(None).ptrace(0, 0, 0, 0)
 """
 SETTINGS = MountSettings("/mnt", None, "/data", cache="none")
 WAITS = "import signal\nsignal.pause()"
@@ -118,6 +126,20 @@ def test_death_is_told(daemon_is: Callable[[str], None]) -> None:
         assert daemon.exit_status() == "signal SIGKILL"
     assert isinstance(failure, ConnectError)
     assert str(failure) == "the daemon ended with signal SIGKILL"
+
+
+def test_a_forbidden_call_is_told_with_its_cure(daemon_is: Callable[[str], None]) -> None:
+    daemon_is(FORBIDDEN)
+    with bundled_daemon(SETTINGS) as daemon:
+        failure = daemon.failure()
+        status = daemon.exit_status()
+    assert str(failure) == f"the daemon ended with {status}"
+    assert status.startswith("signal SIGSYS, for a system call")
+    assert "--seccomp log" in status
+
+
+def test_signals_without_a_name() -> None:
+    assert describe_status(-signal.SIGRTMIN - 2) == f"signal {signal.SIGRTMIN + 2}"
 
 
 def test_no_failure_while_it_runs(

@@ -105,8 +105,7 @@ def arguments(kind: str, cache: str) -> list[str]:
     if kind != "bundled":
         return []
     mode = ["--cache", "auto", "--writeback"] if cache == "writeback" else ["--cache", cache]
-    # In its sandbox, where the machine allows one: what a guest needs must work there.
-    return [*mode, "--request-queues", str(QUEUES), "--sandbox", "auto"]
+    return [*mode, "--request-queues", str(QUEUES)]
 
 
 @contextmanager

@@ -104,8 +104,13 @@ class Running:
 
 @contextmanager
 def daemon(
-    home: Path, *arguments: str, prefix: tuple[str, ...] = (), command: Sequence[str] = COMMAND
+    home: Path,
+    *arguments: str,
+    prefix: tuple[str, ...] = (),
+    command: Sequence[str] = COMMAND,
+    lines: int = 0,
 ) -> Iterator[Running]:
+    """Run one; it is expected to print that many lines before it listens."""
     process = subprocess.Popen(
         [*prefix, *command, f"{home}/share", "--socket", f"{home}/s", *arguments],
         stderr=subprocess.PIPE,
@@ -113,6 +118,8 @@ def daemon(
     )
     assert process.stderr is not None
     try:
+        for _ in range(lines):
+            assert process.stderr.readline()
         line = process.stderr.readline()
         assert b"listening" in line, line + process.stderr.read()
         yield Running(process, home)
@@ -135,12 +142,23 @@ def with_statfs(what: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def failure(home: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> str:
-    words = [*prefix, *COMMAND, f"{home}/share", "--socket", f"{home}/s", *arguments]
+def failure(
+    home: Path,
+    *arguments: str,
+    prefix: tuple[str, ...] = (),
+    command: Sequence[str] = COMMAND,
+) -> str:
+    words = [*prefix, *command, f"{home}/share", "--socket", f"{home}/s", *arguments]
     ended = subprocess.run(words, capture_output=True, cwd=REPOSITORY, timeout=DEADLINE)
     assert ended.returncode == 1
     assert not (home / "s").exists()
     return ended.stderr.decode()
+
+
+def with_code(code: str) -> list[str]:
+    """The command of a daemon that runs something first."""
+    start = "import sys\nfrom vfsmount.hostd import cli\n"
+    return [sys.executable, "-c", f"{start}{code}\nsys.exit(cli.main(sys.argv[1:]))"]
 
 
 def has_ended(pid: int) -> bool:
@@ -459,6 +477,56 @@ def test_a_host_without_namespaces(home: Path) -> None:
         assert b"listening" in process.stderr.readline()
         process.terminate()
         assert process.wait(DEADLINE) == 0
+
+
+RAISES = "def refuse(*_):\n raise OSError({error}, 'out of it')\n"
+
+
+@pytest.mark.parametrize(
+    ("what", "cure"),
+    [
+        ("os.fork", "--sandbox none"),
+        ("os.pidfd_open", "--sandbox none"),
+        ("seccomp._check", "--seccomp none"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(home: Path, what: str, cure: str) -> None:
+    code = (
+        f"import os\nfrom vfsmount.hostd import seccomp\n{RAISES.format(error=11)}{what} = refuse"
+    )
+    line = failure(home, command=with_code(code))
+    assert line.count("\n") == 1
+    assert "cannot isolate the daemon: " in line
+    assert "out of it" in line
+    assert cure in line
+
+
+def test_no_helper_for_the_user_namespace_is_one_line(homely: Path) -> None:
+    code = f"import os\n{RAISES.format(error=11)}os.fork = refuse"
+    line = failure(homely, prefix=AS_NOBODY, command=with_code(code))
+    assert "out of it" in line
+    assert line.count("\n") == 1
+
+
+def test_a_tool_for_users_that_does_not_end(homely: Path) -> None:
+    tool = homely / "newuidmap"
+    tool.write_text("#!/bin/sh\nexec sleep 100\n")
+    tool.chmod(0o755)
+    code = (
+        "import os\nfrom vfsmount.hostd import sandbox\nsandbox._MAP_SECONDS = 0.1\n"
+        f"os.environ['PATH'] = '{homely}:' + os.environ['PATH']"
+    )
+    line = failure(homely, "--uid-map", ":0:0:10:", prefix=AS_NOBODY, command=with_code(code))
+    assert "newuidmap does not end" in line
+    assert "cannot map these users and groups" in line
+
+
+def test_without_namespaces_no_descriptor_is_left_over(home: Path) -> None:
+    code = f"from vfsmount.hostd import syscalls\n{RAISES.format(error=1)}syscalls.mount = refuse"
+    with daemon(home, "--sandbox", "auto", command=with_code(code), lines=1) as running:
+        folder = Path(f"/proc/{running.served_by}/fd")
+        places = [os.readlink(path) for path in folder.iterdir()]
+        assert sum(place.startswith("/proc") for place in places) == 1  # the share's own
 
 
 # --- systemd -------------------------------------------------------------------------------------

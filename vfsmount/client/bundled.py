@@ -44,6 +44,10 @@ STOP_SECONDS = 5.0
 """A daemon without guests ends at once on SIGTERM; after that it is killed."""
 DEATH_SECONDS = 1.0
 """Between the end of a daemon's sockets and its exit status there are a few milliseconds."""
+FORBIDDEN_CALL = (
+    ", for a system call that it may not make; 'vfsmount serve DIR --seccomp log' lets it pass, and"
+    " the kernel's log has its number"
+)
 LEVELS = {name: getattr(logging, name) for name in ("ERROR", "WARNING", "INFO", "DEBUG")}
 
 logger = logging.getLogger("vfsmount.hostd")
@@ -142,8 +146,14 @@ def bundled_daemon(settings: MountSettings) -> Iterator[BundledDaemon]:
 
 
 def describe_status(status: int) -> str:
-    """Return ``signal SIGKILL`` or ``exit status 3``."""
-    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    """Return ``signal SIGKILL`` or ``exit status 3``; with a cure where there is one."""
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:  # most realtime signals have none
+        name = str(-status)
+    return f"signal {name}{FORBIDDEN_CALL if -status == signal.SIGSYS else ''}"
 
 
 def _connected_pair() -> tuple[socket.socket, socket.socket]:

@@ -139,7 +139,8 @@ def _begin_isolation(arguments: Arguments) -> Sandbox:
 
 def _open_share(arguments: Arguments, kind: Sandbox, directory: int) -> Share:
     """Enter the sandbox and open the share in it; what is left to do takes no more rights."""
-    restrict = seccomp.prepare(arguments.isolation.seccomp)
+    with sandbox.step("filter of system calls", "take --seccomp none"):
+        restrict = seccomp.prepare(arguments.isolation.seccomp)
     place = arguments.directory if kind is Sandbox.NONE else "/"
     if kind is Sandbox.CHROOT:
         sandbox.enter_chroot(directory)

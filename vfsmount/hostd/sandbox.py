@@ -14,7 +14,7 @@ which becomes the working directory, because there is no ``/proc`` any more.
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.errors import UsageError
@@ -32,6 +32,7 @@ __all__ = [
     "enter_namespaces",
     "enter_user_namespace",
     "give_up_rights",
+    "step",
 ]
 
 _CLONE_NEWNS: Final = 0x00020000
@@ -45,10 +46,13 @@ _PLACE: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 #: Where the shared directory is mounted until it is the root: what is there in any case.
 _STAGE: Final = "/proc"
 _MAP_TOOLS: Final = ("newuidmap", "newgidmap")
+#: They may ask a directory service of users; nobody waits for that without end.
+_MAP_SECONDS: Final = 10.0
 
 
 @contextmanager
-def _step(what: str, cure: str) -> Iterator[None]:
+def step(what: str, cure: str) -> Iterator[None]:
+    """Turn what the system refuses in the body into a ``UsageError``: one line with a cure."""
     try:
         yield
     except OSError as error:
@@ -64,7 +68,7 @@ def begin_pid_namespace() -> None:
     Raises:
         UsageError: The host does not allow it.
     """
-    with _step("pid namespace", _NO_NAMESPACES):
+    with step("pid namespace", _NO_NAMESPACES):
         syscalls.unshare(_CLONE_NEWPID)
 
 
@@ -79,25 +83,33 @@ def enter_namespaces(directory: int) -> None:
     Raises:
         UsageError: The host does not allow it.
     """
-    with _step("/proc/self/fd", "mount proc on /proc"):
-        host_proc = procfd.open_folder()
-    with _step("mount and net namespaces", _NO_NAMESPACES):
-        os.fchdir(directory)  # which moves along, unlike descriptors
-        syscalls.unshare(_CLONE_NEWNS | _CLONE_NEWNET)
-        syscalls.mount("none", "/", None, _MS_REC | _MS_SLAVE)
-    with _step("shared directory as root", _NO_NAMESPACES):
-        syscalls.mount(".", _STAGE, None, _MS_BIND | _MS_REC)
-        root = os.open(_STAGE, _PLACE)
-        proc_fd = _own_proc(host_proc)
-        try:
-            syscalls.pivot_root(_STAGE, _STAGE)
-        except OSError:
-            syscalls.detach(_STAGE)
-            raise
-        os.fchdir(root)
-        syscalls.detach(".")  # the old root, which lies on top of the new one
-        os.close(root)
-        _live_in(proc_fd)
+    with ExitStack() as places:
+        with step("/proc/self/fd", "mount proc on /proc"):
+            host_proc = _held(procfd.open_folder(), places)
+        with step("mount and net namespaces", _NO_NAMESPACES):
+            os.fchdir(directory)  # which moves along, unlike descriptors
+            syscalls.unshare(_CLONE_NEWNS | _CLONE_NEWNET)
+            syscalls.mount("none", "/", None, _MS_REC | _MS_SLAVE)
+        with step("shared directory as root", _NO_NAMESPACES):
+            syscalls.mount(".", _STAGE, None, _MS_BIND | _MS_REC)
+            root = _held(os.open(_STAGE, _PLACE), places)
+            proc_fd = _own_proc(host_proc)
+            if proc_fd != host_proc:
+                _held(proc_fd, places)
+            try:
+                syscalls.pivot_root(_STAGE, _STAGE)
+            except OSError:
+                syscalls.detach(_STAGE)
+                raise
+            os.fchdir(root)
+            syscalls.detach(".")  # the old root, which lies on top of the new one
+            _live_in(proc_fd)
+
+
+def _held(fd: int, places: ExitStack) -> int:
+    """Have a descriptor closed at the end of a block, however it ends."""
+    places.callback(os.close, fd)
+    return fd
 
 
 def _own_proc(host_proc: int) -> int:
@@ -109,7 +121,6 @@ def _own_proc(host_proc: int) -> int:
         syscalls.mount("proc", _STAGE, "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     except OSError:
         return host_proc
-    os.close(host_proc)
     syscalls.mount("/proc/self/fd", _STAGE, None, _MS_BIND)
     proc_fd = os.open(_STAGE, _PLACE)
     for _ in range(2):
@@ -119,17 +130,17 @@ def _own_proc(host_proc: int) -> int:
 
 def enter_chroot(directory: int) -> None:
     """Make a directory the root of this process; argument and error as ``enter_namespaces``."""
-    with _step("/proc/self/fd", "mount proc on /proc"):
-        proc_fd = procfd.open_folder()
-    with _step("chroot", "run as root, or take --sandbox none"):
-        os.fchdir(directory)
-        os.chroot(".")
-        _live_in(proc_fd)
+    with ExitStack() as places:
+        with step("/proc/self/fd", "mount proc on /proc"):
+            proc_fd = _held(procfd.open_folder(), places)
+        with step("chroot", "run as root, or take --sandbox none"):
+            os.fchdir(directory)
+            os.chroot(".")
+            _live_in(proc_fd)
 
 
 def _live_in(proc_fd: int) -> None:
     os.fchdir(proc_fd)
-    os.close(proc_fd)
     procfd.use_working_directory()
 
 
@@ -146,9 +157,10 @@ def enter_user_namespace(isolation: Isolation) -> None:
         isolation.uid_map or (UserMap(os.geteuid(), os.geteuid(), 1),),
         isolation.gid_map or (UserMap(os.getegid(), os.getegid(), 1),),
     )
-    helper, go = _start_map_helper(maps)
+    with step("helper outside the user namespace", "allow more processes (ulimit -u)"):
+        helper, go = _start_map_helper(maps)
     try:
-        with _step("user namespace", _NO_NAMESPACES):
+        with step("user namespace", _NO_NAMESPACES):
             syscalls.unshare(_CLONE_NEWUSER)
     except UsageError:
         os.close(go)
@@ -206,7 +218,11 @@ def _write_maps(target: int, maps: tuple[tuple[UserMap, ...], ...]) -> None:
             import subprocess  # 8 ms that no other start needs
 
             words = [str(number) for line in lines for number in line]
-            if subprocess.call([tool, str(target), *words]):
+            try:
+                refused = subprocess.call([tool, str(target), *words], timeout=_MAP_SECONDS)
+            except subprocess.TimeoutExpired:
+                raise OSError(f"{tool} does not end") from None
+            if refused:
                 raise OSError(f"{tool} refused")
 
 
@@ -221,7 +237,7 @@ def _become_root_inside(maps: tuple[tuple[UserMap, ...], ...]) -> None:
         return
     with suppress(OSError):  # denied where mere users made the namespace
         os.setgroups([])
-    with _step("root of the user namespace", _NO_NAMESPACES):
+    with step("root of the user namespace", _NO_NAMESPACES):
         os.setresgid(0, 0, 0)
         os.setresuid(0, 0, 0)
 
@@ -245,8 +261,8 @@ def give_up_rights(
     kept = set(capabilities.KEPT)
     if file_handles:
         kept.add(capabilities.DAC_READ_SEARCH)
-    with _step("capabilities", "leave --modcaps out"):
+    with step("capabilities", "leave --modcaps out"):
         capabilities.reduce_to((kept | isolation.added) - isolation.dropped)
-    with _step("filter of system calls", "take --seccomp none"):
+    with step("filter of system calls", "take --seccomp none"):
         syscalls.set_no_new_privs()
         restrict()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.errors import ExitCode
 from vfsmount.hostd import capabilities, syscalls
+from vfsmount.hostd.sandbox import step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,18 +40,13 @@ def continue_in_child(outlive: Callable[[], None], clean_up: Callable[[], None])
         clean_up: Called in the parent when the child has ended.
 
     Raises:
-        OSError: There can be no more processes.
+        UsageError: There can be no more processes.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, _WAITED_FOR)
-    parent = os.pidfd_open(os.getpid())
-    try:
-        child = os.fork()
-        if not child:
-            _die_with(parent)
-            return None
-    finally:
-        os.close(parent)
+    child = _fork()
+    if not child:
+        return None
     outlive()
     # What is left to do is to remove a file, maybe from somebody else's folder.
     capabilities.reduce_to({capabilities.DAC_OVERRIDE})
@@ -58,6 +54,19 @@ def continue_in_child(outlive: Callable[[], None], clean_up: Callable[[], None])
     status = _watch(child)
     clean_up()
     return _end_as(status)
+
+
+def _fork() -> int:
+    """Fork, with a child that follows its parent's death; 0 in the child."""
+    with step("a process of its own", "allow more processes (ulimit -u), or take --sandbox none"):
+        parent = os.pidfd_open(os.getpid())
+        try:
+            child = os.fork()
+            if not child:
+                _die_with(parent)
+            return child
+        finally:
+            os.close(parent)
 
 
 def _die_with(parent: int) -> None:
