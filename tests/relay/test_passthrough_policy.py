@@ -47,13 +47,13 @@ def opens(shared: Shared) -> tuple[int, int]:
 
 def test_size_decides(shared: Shared, here: tuple[Path, Path]) -> None:
     host, path = here
-    for size in (0, 1, PASS_FROM - 1, PASS_FROM, 10 * PASS_FROM):
+    for size in (0, 1, PASS_FROM - 1, PASS_FROM, 2 * PASS_FROM):
         (host / "file").write_bytes(b"x" * size)
         os.replace(host / "file", host / f"{size}")
         for flags in (os.O_RDONLY, os.O_RDWR):
             passed, by_message = opens(shared)
             fd = os.open(path / f"{size}", flags)
-            assert os.pread(fd, 1 << 20, 0) == b"x" * size
+            assert os.pread(fd, 2 << 20, 0) == b"x" * size
             os.close(fd)
             large = size >= PASS_FROM
             assert opens(shared) == (passed + large, by_message + (not large)), size
@@ -65,7 +65,7 @@ def test_what_is_passed_needs_no_message(shared: Shared, here: tuple[Path, Path]
     fd = os.open(path / "file", os.O_RDWR)
     os.pwrite(fd, b"first", 0)  # the kernel asks for capabilities once
     before = messages(shared.mounts[0])
-    for at in range(0, PASS_FROM, 4096):
+    for at in range(0, PASS_FROM, 65536):
         assert os.pwrite(fd, b"more", at) == len(os.pread(fd, 4, at))
     sent = messages(shared.mounts[0]) - before
     os.close(fd)
@@ -108,7 +108,7 @@ def test_opens_of_one_file_are_of_one_kind(shared: Shared, here: tuple[Path, Pat
     # All closed: now the one is large. What the kernel had of it has not become old.
     (host / "small").write_bytes(b"y" * PASS_FROM)
     fd = os.open(path / "small", os.O_RDONLY)
-    assert os.pread(fd, 1 << 20, 0) == b"y" * PASS_FROM
+    assert os.pread(fd, 2 << 20, 0) == b"y" * PASS_FROM
     os.close(fd)
     assert opens(shared) == (passed + 3, by_message + 2)
 

@@ -213,7 +213,7 @@ MOUNT_GROUPS = (
             Option(
                 "dax",
                 "map that much of the host's files where the daemon can, instead of a\n"
-                "message per access: every file (default: 1G, for files of 32 KiB and more)",
+                "message per access: every file (default: 1G, for files from 512 KiB up)",
                 "SIZE|off",
                 window_size,
             ),

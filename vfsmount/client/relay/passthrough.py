@@ -54,8 +54,10 @@ __all__ = ["CREATES", "PASS_FROM", "Passthrough"]
 
 log = logging.getLogger(__name__)
 
-#: Bytes that a file has by default when it is opened to be passed through.
-PASS_FROM: Final = 32 << 10
+#: Bytes that a file has by default when it is opened to be passed through. To have it set up costs
+#: 180 us, a READ of 128 KiB 40: read once from end to end, a file of 256 KiB takes 1.15 times as
+#: long as by message, one of 512 KiB 0.9 times, one of 1 MiB 0.7 times.
+PASS_FROM: Final = 512 << 10
 #: What ``status`` says of it.
 _POLICY: Final = f"files of {PASS_FROM >> 10} KiB and more, as no --dax=SIZE was given"
 _POLICY_ALL: Final = "every file, as --dax=SIZE was given"
