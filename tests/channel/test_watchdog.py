@@ -66,3 +66,10 @@ def test_it_looks_often_enough_and_not_too_often() -> None:
     assert Watchdog(10, 0).interval == 1
     assert Watchdog(10, 0.4).interval == 0.1
     assert Watchdog(0.2, 5).interval == 0.05
+
+
+def test_no_limit_is_too_long_or_too_short() -> None:
+    assert Watchdog(10, 1e300).examine([sent(1)], 5 * SECOND) == []
+    brief = Watchdog(10, 1e-300)
+    assert brief.interval >= 0.001  # else nobody else gets the CPU
+    assert len(brief.examine([sent(1)], 5 * SECOND)) == 1

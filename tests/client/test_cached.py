@@ -332,6 +332,39 @@ async def test_random_operations(host: Path) -> None:
             assert await files.read(name) == expected == (host / name).read_bytes()
 
 
+async def test_a_write_goes_to_the_file_that_has_the_name_now(host: Path) -> None:
+    (host / "file").write_bytes(b"before")
+    async with viewing(host, "auto") as view:
+        await view.files.read("file")
+        (host / "new").write_bytes(b"after.")
+        (host / "new").replace(host / "file")
+        await view.files.write("file", b"A")
+        assert (host / "file").read_bytes() == b"After."
+        (host / "file").unlink()
+        with pytest.raises(RemoteErrno, match="ENOENT"):
+            await view.files.write("file", b"lost")
+
+
+@pytest.mark.parametrize("change", ["unlink", "create", "rename"])
+async def test_a_change_by_a_name_unknown_here_is_seen_by_the_others(
+    host: Path, change: str
+) -> None:
+    (host / "one").write_bytes(b"contents")
+    (host / "one").chmod(0o666)
+    (host / "two").hardlink_to(host / "one")
+    (host / "other").touch()
+    async with viewing(host, "always") as view:
+        assert (await view.files.stat("one")).nlink == 2
+        if change == "unlink":
+            await view.files.unlink("two")
+        elif change == "create":
+            await view.files.create("two")
+        else:
+            await view.files.rename("other", "two")
+        attr, info = await view.files.stat("one"), (host / "one").stat()
+        assert (attr.nlink, attr.size) == (info.st_nlink, info.st_size)
+
+
 async def test_an_answer_that_a_change_overtook_is_not_believed(
     host: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -392,6 +425,21 @@ async def test_nodes_are_given_back_beyond_the_budget(
         assert 200 <= sum(given) <= 210
         view.files.close()
         assert sum(given) == 300
+
+
+async def test_nothing_is_believed_of_nodes_that_were_given_back(
+    host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (host / "d").mkdir()
+    for number in range(30):
+        (host / "d" / str(number)).touch()
+    async with viewing(host, "always", names=20) as view:
+        given: list[int] = []
+        monkeypatch.setattr(view.guest, "forget", lambda nodeid, _=1: given.append(nodeid))
+        await view.files.scandir("d")
+        assert len(given) >= 20
+        now = view.clock()
+        assert not [one for one in given if view.files._attributes.get(one, now) is not None]
 
 
 async def test_a_node_in_use_is_given_back_when_it_is_not(host: Path) -> None:

@@ -9,6 +9,7 @@ device. Waiting for a file lock may last as long as it will and is none of this.
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.channel.inflight import ABANDONED, NEW, POSTED
@@ -24,6 +25,9 @@ __all__ = ["Watchdog"]
 log = logging.getLogger(__name__)
 
 _WAITS_FOR_LOCK: Final = int(Opcode.SETLKW)
+#: Seconds: nobody looks more often than that, and none waits longer than 31 years.
+_SHORTEST: Final = 0.005
+_LONGEST: Final = 1e9
 
 
 class Watchdog:
@@ -39,9 +43,9 @@ class Watchdog:
 
     def __init__(self, mute_after: float, request_timeout: float) -> None:
         limits = [mute_after, request_timeout] if request_timeout else [mute_after]
-        self.interval = min(1.0, min(limits) / 4)
+        self.interval = max(_SHORTEST, min(1.0, min(limits) / 4))
         self._mute_after = mute_after
-        self._timeout_ns = int(request_timeout * 1e9)
+        self._timeout_ns = math.ceil(min(request_timeout, _LONGEST) * 1e9)
 
     def examine(self, requests: Iterable[Pending], now_ns: int) -> list[Pending]:
         """Report requests that have become mute, and return those that have timed out."""

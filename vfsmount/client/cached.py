@@ -181,10 +181,10 @@ class CachedSession:
         if not valid or before != self._changes:
             self._give_back(entry.nodeid)
             return
-        self._names.put(parent, name, entry.nodeid, sent + valid)
-        self._believe(
-            entry.nodeid, entry.attr, sent, entry.attr_valid + entry.attr_valid_nsec / 1e9
-        )
+        theirs = entry.attr_valid + entry.attr_valid_nsec / 1e9
+        with self._pinned(entry.nodeid):  # it may be pushed out again at once, with its directory
+            self._names.put(parent, name, entry.nodeid, sent + valid)
+            self._believe(entry.nodeid, entry.attr, sent, theirs)
 
     def _believe(self, nodeid: int, attr: fuse.Attr, sent: float, theirs: float) -> None:
         valid = theirs if self._policy.from_host else self._policy.attr_timeout
@@ -337,15 +337,22 @@ class CachedSession:
             size: Bytes.
             position: Byte of the file to begin at.
         """
+        async with self._compared(where) as nodeid:
+            return await self._read(nodeid, size, position)
+
+    @asynccontextmanager
+    async def _compared(self, where: Where) -> AsyncIterator[int]:
+        """As ``node``, for an open: what is known is compared with what is there."""
         for _ in range(_ATTEMPTS):
             async with self.node(where) as nodeid:
-                if await self._may_read(nodeid):
-                    return await self._read(nodeid, size, position)
+                if await self._may_open(nodeid):
+                    yield nodeid
+                    return
             if not isinstance(where, int):
                 await self._walk_anew(where)
         raise RemoteErrno(Opcode.OPEN, 0, errno.ESTALE)
 
-    async def _may_read(self, nodeid: int) -> bool:
+    async def _may_open(self, nodeid: int) -> bool:
         """Drop contents that are old; False when the file has no name any more."""
         if not self._policy.revalidate:
             return True
@@ -426,13 +433,31 @@ class CachedSession:
         finally:
             self._names.drop(parent, name)
 
+    @asynccontextmanager
+    async def _moving_name(self, parent: int, name: bytes) -> AsyncIterator[None]:
+        """As ``_changing_name``, for a name that may lead somewhere: that may have other names.
+
+        So it is looked up when it is not known, as the kernel does.
+        """
+        child = self._names.find(parent, name, self._clock())
+        if child is None and (self._policy.attr_timeout or self._policy.from_host):
+            child = await self._lookup(parent, name)
+        elif child:
+            self._pins[child] += 1
+        try:
+            with self._changing_name(parent, name), self._changing(child or ABSENT):
+                yield
+        finally:
+            if child:
+                self._unpin(child)
+
     async def write(self, where: Where, data: bytes, position: int = 0) -> int:
         """Write to a file that exists; everything is at the host on return.
 
         Returns:
             Bytes written; fewer than given only when the daemon takes no more.
         """
-        async with self.node(where) as nodeid:
+        async with self._compared(where) as nodeid:
             opened = await self._session.open(nodeid, os.O_WRONLY)
             try:
                 return await self._write(nodeid, opened.fh, data, position)
@@ -471,6 +496,7 @@ class CachedSession:
                 entry, opened = await self._session.create(parent, name, flags, mode)
                 alone = before == self._changes
             with self._pinned(entry.nodeid):
+                self._attributes.drop(entry.nodeid)  # it may have other names
                 self._learn(parent, name, entry, sent, self._changes if alone else -1)
                 self._pages.drop(entry.nodeid)
                 try:
@@ -498,9 +524,8 @@ class CachedSession:
 
     async def unlink(self, path: Where) -> None:
         """Remove a name that is no directory."""
-        async with self._name(path) as (parent, name):
-            with self._changing_name(parent, name):
-                await self._session.unlink(parent, name)
+        async with self._name(path) as (parent, name), self._moving_name(parent, name):
+            await self._session.unlink(parent, name)
 
     async def rmdir(self, path: Where) -> None:
         """Remove an empty directory."""
@@ -510,12 +535,13 @@ class CachedSession:
 
     async def rename(self, old: Where, new: Where) -> None:
         """Rename, over what is there."""
-        async with self._name(old) as (parent, name), self._name(new) as (new_parent, new_name):
-            with (
-                self._changing_name(parent, name),
-                self._changing_name(new_parent, new_name),
-            ):
-                await self._session.rename(parent, name, new_parent, new_name)
+        async with (
+            self._name(old) as (parent, name),
+            self._name(new) as (new_parent, new_name),
+            self._moving_name(parent, name),
+            self._moving_name(new_parent, new_name),
+        ):
+            await self._session.rename(parent, name, new_parent, new_name)
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless the caches are as they say and nothing is used in vain."""
