@@ -106,6 +106,7 @@ _FAST: Final[Mapping[int, FastHandler]] = {
     Opcode.OPEN: files.open_,
     Opcode.READ: files.read,
     Opcode.WRITE: files.write,
+    Opcode.FLUSH: files.flush,
     Opcode.RELEASE: files.release,
 }
 
@@ -131,7 +132,6 @@ _PLAIN: Final[Mapping[int, Handler]] = {
     Opcode.LINK: tree.link,
     Opcode.CREATE: files.create,
     Opcode.TMPFILE: files.tmpfile,
-    Opcode.FLUSH: files.flush,
     Opcode.FSYNC: files.fsync,
     Opcode.SYNCFS: files.syncfs,
     Opcode.FALLOCATE: files.fallocate,

@@ -59,6 +59,7 @@ _READ_IN = struct.Struct("<QQI20x")
 _WRITE_IN = struct.Struct("<QQII16x")
 _WRITE_OUT = struct.Struct("<I4x")
 _RELEASE_IN = struct.Struct("<Q16x")
+_FLUSH_IN = struct.Struct("<Q8xQ")
 #: Where the data of a WRITE begin.
 _WRITE_DATA: Final = HEADER_SIZE + 40
 
@@ -235,14 +236,15 @@ def _piecewise(
     return done
 
 
-def flush(session: Session, request: Request) -> bytes:
+def flush(session: Session, call: Call) -> bytes:
     """FLUSH: one close of several, with which the lock owner gives up the file's POSIX locks.
 
     Closing a duplicate lets a network filesystem report errors.
     """
-    handle = session.files.get(request.args.fh)
+    fh, lock_owner = _FLUSH_IN.unpack_from(call.message, HEADER_SIZE)
+    handle = session.files.get(fh)
     if session.locks:
-        session.locks.give_up(handle, request.args.lock_owner)
+        session.locks.give_up(handle, lock_owner)
     os.close(os.dup(handle.fd))
     return b""
 
