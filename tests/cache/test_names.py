@@ -60,12 +60,6 @@ class NamesMachine(RuleBasedStateMachine):
         self.names.list(parent, names, self.now + seconds)
         self.listings[parent] = names, self.now + seconds
 
-    @rule(parent=PARENTS)
-    def unlist(self, parent: int) -> None:
-        self.names.unlist(parent)
-        self.listings.pop(parent, None)
-        assert self.names.listing(parent, self.now) is None
-
     @rule(parent=PARENTS, name=NAMES)
     def find(self, parent: int, name: bytes) -> None:
         found = self.names.find(parent, name, self.now)

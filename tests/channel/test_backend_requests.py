@@ -13,7 +13,7 @@ import trio
 
 from tests.channel.support import DEADLINE, getattr_request, opened
 from vfsmount.channel import open_channel
-from vfsmount.channel.backend_requests import BackendRequestServer
+from vfsmount.channel.backend_requests import BackendRequestServer, LentRequests
 from vfsmount.channel.socket import MessageSocket
 from vfsmount.errors import ProtocolViolation
 from vfsmount.testing import FakeDevice
@@ -205,3 +205,20 @@ async def test_handlers_reach_the_server(expect_log: Callable[[str], None]) -> N
     with trio.fail_after(DEADLINE), device:
         async with open_channel(sock=device.guest_socket(), handlers=handlers):
             assert await ask(device, BackendRequest.SHMEM_MAP, MAP) == REFUSED
+
+
+def test_a_daemon_that_reads_no_answer_is_not_served_any_more() -> None:
+    """An answer that is dropped in silence would have the daemon wait for ever."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ours.setblocking(False)
+        requests = LentRequests(ours, lambda _: bytes(4096))
+        message = encode_message(BackendRequest.CONFIG_CHANGE_MSG)
+        for _ in range(1000):
+            theirs.sendall(message)
+            requests.serve()
+            if requests.ended:
+                break
+        else:
+            pytest.fail("it is still being served")
+        requests.close()

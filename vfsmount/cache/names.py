@@ -144,13 +144,6 @@ class Names:
         self._count += len(names)
         self._keep_within()
 
-    def unlist(self, parent: int) -> None:
-        """Something has happened to the listing of a directory."""
-        folder = self._folders.get(parent)
-        if folder is not None:
-            self._unlist(folder)
-            self._tidy(parent, folder)
-
     # --- giving up ---
 
     def _unlist(self, folder: _Folder) -> None:

@@ -205,18 +205,21 @@ class LentRequests:
         while not self.ended:
             try:
                 message = receive_now(self._socket)
-                if message is None:
-                    self.ended = True
-                    return
-                answer = self._answer(message)
-                if answer and self._socket.send(answer) < len(answer):
-                    self.ended = True  # so many answers that it does not read: nothing to talk to
+                self.ended = message is None or not self._serve_one(message)
             except BlockingIOError:
                 return
             except WireError as error:
                 raise _violation(error) from error
             except OSError:
                 self.ended = True
+
+    def _serve_one(self, message: Message) -> bool:
+        """Answer; False when that does not fit: so many answers that it does not read."""
+        answer = self._answer(message)
+        try:
+            return not answer or self._socket.send(answer) == len(answer)
+        except BlockingIOError:
+            return False
 
     def close(self) -> None:
         """Let go of it."""

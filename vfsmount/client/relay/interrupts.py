@@ -40,8 +40,6 @@ _PATIENCE_NS: Final = 20_000_000
 
 _SETLKW: Final = int(Opcode.SETLKW)
 _SIGKILL_BIT: Final = 1 << 8
-_LOCK_AT: Final = fuse.IN_HEADER.size
-_LK_IN: Final = fuse.LK_IN.size
 
 
 def is_being_killed(pid: int) -> bool:
