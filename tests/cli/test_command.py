@@ -96,10 +96,19 @@ class TestHelp:
         (["MNT", "--socket", "a", "-o", "nosiud"], "unknown mount option 'nosiud'; did you mean "),
         (["MNT", "--socket", "a", "--ready-fd", "77"], "--ready-fd 77 is not a descriptor open"),
         (["MNT", "--socket", "a", "--cpus", "4095"], "--cpus: there is no CPU 4095 to run on; "),
-        (["MNT", "--socket", "a", "--pid-file", "/no/p"], "--pid-file: there is no directory /no"),
-        (["MNT", "--socket", "a", "--log-file", "/no/l"], "--log-file /no/l: No such file"),
-        (["MNT", "--source", "/no/folder"], "--source /no/folder does not exist"),
-        (["MNT", "--source", "/dev/null"], "--source /dev/null is not a directory"),
+        (
+            ["MNT", "--socket", "a", "--pid-file", "/no/p"],
+            "--pid-file: there is no directory /no; make it first",
+        ),
+        (
+            ["MNT", "--socket", "a", "--log-file", "/no/l"],
+            "--log-file /no/l: No such file or directory; name another",
+        ),
+        (["MNT", "--source", "/no/folder"], "--source /no/folder does not exist; name a directory"),
+        (
+            ["MNT", "--source", "/dev/null"],
+            "--source /dev/null is not a directory; name a directory",
+        ),
         (["MNT", "--source", "MNT"], "--source and mount point are the same directory"),
         (["status"], "exactly one mount point is needed"),
         (["status", "a", "b"], "exactly one mount point is needed"),
@@ -130,7 +139,7 @@ class TestMountPoint:
         done = command(mnt / "file", "--socket", "a")
         assert (done.returncode, done.error) == (
             32,
-            f"mount point {mnt}/file is not a directory",
+            f"mount point {mnt}/file is not a directory; name a directory that you may enter",
         )
 
     def test_not_empty_is_a_warning(self, command: Command, mnt: Path) -> None:

@@ -255,7 +255,10 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_what_cannot_be_shared(capsys: pytest.CaptureFixture[str], home: Path) -> None:
     line = failure(capsys, f"{home}/missing", "--socket", f"{home}/s")
 
-    assert line == (f"vfsmount serve: cannot share {home}/missing: No such file or directory\n")
+    assert line == (
+        f"vfsmount serve: cannot share {home}/missing: No such file or directory"
+        " (name a directory that you may enter)\n"
+    )
     assert list(home.iterdir()) == []
 
 
@@ -281,6 +284,7 @@ def test_where_nobody_can_listen(
             live.accept()  # and whoever listens there was left alone
 
     assert line.startswith(f"vfsmount serve: cannot listen on {home}/{name[:5]}")
+    assert line.endswith(")\n")  # the cure
     assert reason in line
 
 
@@ -327,7 +331,7 @@ def test_socket_of_a_group(home: Path) -> None:
 
 def test_no_such_group(capsys: pytest.CaptureFixture[str], home: Path) -> None:
     words = (str(home), "--socket", f"{home}/s", "--socket-group", "no such")
-    assert "there is no group 'no such'" in failure(capsys, *words)
+    assert "there is no group 'no such' (check path and group)" in failure(capsys, *words)
     assert not (home / "s").exists()
 
 

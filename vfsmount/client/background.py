@@ -46,9 +46,9 @@ def check_targets(settings: MountSettings) -> None:
     if settings.pid_file is not None:
         folder = os.path.dirname(settings.pid_file)
         if not os.path.isdir(folder):
-            raise UsageError(f"--pid-file: there is no directory {folder}")
+            raise UsageError(f"--pid-file: there is no directory {folder}", "make it first")
         if not os.access(folder, os.W_OK) or os.path.isdir(settings.pid_file):
-            raise UsageError(f"--pid-file {settings.pid_file} cannot be written")
+            raise UsageError(f"--pid-file {settings.pid_file} cannot be written", "name another")
 
 
 def go_to_background() -> int:

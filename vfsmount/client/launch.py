@@ -54,7 +54,7 @@ def _check(settings: MountSettings) -> str:
         _pin(settings.cpus)
     if settings.source is not None and not os.path.isdir(settings.source):
         what = "is not a directory" if os.path.exists(settings.source) else "does not exist"
-        raise UsageError(f"--source {settings.source} {what}")
+        raise UsageError(f"--source {settings.source} {what}", "name a directory of this host")
     check_targets(settings)
     path = check_mountpoint(settings.mountpoint)
     if settings.source is not None and os.path.realpath(settings.source) == path:

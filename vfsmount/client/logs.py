@@ -67,7 +67,7 @@ def start_logging(level: str, log_file: str | None = None) -> None:
         try:
             handler = logging.FileHandler(log_file)
         except OSError as error:
-            raise UsageError(f"--log-file {log_file}: {error.strerror}") from error
+            raise UsageError(f"--log-file {log_file}: {error.strerror}", "name another") from error
         handler.setFormatter(LineFormatter(timed=True))
     _use(handler)
     logging.getLogger().setLevel(level.upper())

@@ -42,6 +42,9 @@ CONNECTIONS = "/sys/fs/fuse/connections"
 FUSERMOUNT_SECONDS = 30.0
 """fusermount3 answers in milliseconds; beyond this something on its way hangs."""
 
+ANOTHER = "name a directory that you may enter"
+"""Cure where the mount point will not do."""
+
 logger = logging.getLogger(__name__)
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -74,7 +77,7 @@ def check_mountpoint(path: str) -> str:
         if taken:
             raise MountError(f"{path} is a vfsmount mount already", cure)
         if not is_directory:
-            raise MountError(f"mount point {path} is not a directory")
+            raise MountError(f"mount point {path} is not a directory", ANOTHER)
         with os.scandir(path) as names:
             if next(names, None) is not None:
                 logger.warning("%s is not empty; its files are hidden while mounted", path)
@@ -87,11 +90,11 @@ def _mountpoint_error(path: str, error: OSError) -> MountError:
     if error.errno == errno.ENOENT:
         return MountError(f"mount point {path} does not exist", f"create it: mkdir -p {path}")
     if error.errno == errno.ENOTDIR:
-        return MountError(f"mount point {path} is not a directory")
+        return MountError(f"mount point {path} is not a directory", ANOTHER)
     if error.errno == errno.ENOTCONN:
         cure = f"clean it up: vfsmount umount {path} (or umount -l {path})"
         return MountError(f"mount point {path} is a dead mount, its process is gone", cure)
-    return MountError(f"mount point {path}: {os.strerror(error.errno or 0)}")
+    return MountError(f"mount point {path}: {os.strerror(error.errno or 0)}", ANOTHER)
 
 
 def check_fuse_available() -> None:

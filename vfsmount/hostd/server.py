@@ -65,7 +65,8 @@ def listen(path: str, group: str | None = None) -> socket.socket:
     except (OSError, ValueError) as error:
         sock.close()
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot listen on {path}: {reason}") from None
+        cure = "check the path" if group is None else "check path and group"
+        raise UsageError(f"cannot listen on {path}: {reason}", cure) from None
     finally:
         os.umask(umask)
     return sock
@@ -89,7 +90,7 @@ def _remove_stale(path: str) -> None:
     except OSError:
         return  # nothing there, or something that bind will complain about
     if not stat.S_ISSOCK(mode):
-        raise UsageError(f"cannot listen on {path}: it exists and is no socket")
+        raise UsageError(f"cannot listen on {path}: it exists and is no socket", "name another")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         if probe.connect_ex(path) != errno.ECONNREFUSED:
             raise UsageError(

@@ -147,7 +147,8 @@ def open_directory(directory: str | bytes | os.PathLike[str]) -> int:
     except (OSError, ValueError) as error:
         name = os.fsdecode(directory)
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot share {name}: {reason}") from None
+        cure = "name a directory that you may enter"
+        raise UsageError(f"cannot share {name}: {reason}", cure) from None
 
 
 class Share:
