@@ -229,6 +229,36 @@ def test_shared_mapping(twin: Twin) -> None:
     assert get(twin.shared, b"file", 4, 5000) == b"here"
 
 
+@pytest.mark.only("auto")
+def test_shared_mapping_of_a_file_opened_for_appending(twin: Twin) -> None:
+    """Writes go to the end; pages go where they belong."""
+
+    def write(tree: Tree) -> None:
+        assert isinstance(tree, PathTree)
+        put(tree, b"file", bytes(8192))
+        with (
+            tree.open(b"file", os.O_RDWR | os.O_APPEND) as handle,
+            mmap.mmap(handle.fd, 0, mmap.MAP_SHARED) as mapping,
+        ):
+            mapping[4096:4100] = b"here"
+            mapping.flush()
+            handle.pwrite(b"end", 0)
+
+    content = bytes(4096) + b"here" + bytes(4092) + b"end"
+    write(twin.host)
+    assert get(twin.host, b"file") == content
+    if twin.way.startswith("pyfuse3"):  # does not say which WRITE is of pages
+        with pytest.raises(OSError, match="No such device"):
+            write(twin.tree)
+    else:
+        write(twin.tree)
+        # virtiofsd (C) opens for appending, and then its pwrite(2) appends whatever comes.
+        wrong = content[:4096] + bytes(4096) + content[4096:]
+        assert get(twin.shared, b"file") == (wrong if twin.kind == "c" else content)
+    for tree in twin.both():
+        tree.unlink(b"file")
+
+
 @pytest.mark.only("none", "auto")
 def test_locks_between_handles(twin: Twin) -> None:
     def lock(tree: Tree) -> list[str]:

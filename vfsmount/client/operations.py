@@ -86,6 +86,8 @@ LISTING_SIZE = 32768
 
 _CAPABILITY = b"security.capability"
 _DOTS = (b".", b"..")
+#: Handles that could map a file for writing, and append.
+_MAPS_APPENDING = os.O_RDWR | os.O_APPEND
 #: Handles whose writes are not held back: the host appends, or durability is asked for.
 _WRITE_NOW = os.O_APPEND | os.O_DSYNC | os.O_DIRECT
 _DIRECT_IO = OpenOutFlag.DIRECT_IO
@@ -867,6 +869,9 @@ class VirtioFsOperations(pyfuse3.Operations):
         direct = self._policy.direct_io
         if self._policy.from_host:
             direct, keep = (bool(theirs & flag) for flag in (_DIRECT_IO, _KEEP_CACHE))
+        # Pages mapped through a handle for appending would be appended, and pyfuse3 does not say
+        # which WRITE is of pages: such a file cannot be mapped for writing (ENODEV).
+        direct = direct or file.flags & _MAPS_APPENDING == _MAPS_APPENDING
         if self.reading is not None:
             if not keep:
                 self.reading.pages.drop(file.node.nodeid)

@@ -65,6 +65,8 @@ _WRITE_DATA: Final = HEADER_SIZE + 40
 
 _KILL_ON_OPEN = int(OpenInFlag.KILL_SUIDGID)
 _KILL_ON_WRITE = int(WriteFlag.KILL_SUIDGID)
+#: The guest's own pages, as MAP_SHARED leaves them.
+_PAGES = int(WriteFlag.CACHE)
 _FDATASYNC = int(FsyncFlag.FDATASYNC)
 
 #: MAX_PAGES of 64 KiB, the largest pages that guests have. Buffers may overlap, so the memory that
@@ -212,14 +214,31 @@ def write(session: Session, call: Call) -> bytes:
     fh, offset, size, write_flags = _WRITE_IN.unpack_from(call.message, HEADER_SIZE)
     if size > call.length - _WRITE_DATA or size > MAX_WRITE:
         raise OSError(errno.EINVAL, "write of more than was sent, or may be")
-    fd = session.files.get(fh).fd
+    handle = session.files.get(fh)
+    fd = handle.fd
     views = window(call.readable, _WRITE_DATA, size)
+    if write_flags & _PAGES and handle.flags & os.O_APPEND:
+        return _WRITE_OUT.pack(_write_in_place(session, handle, views, offset))
     if write_flags & _KILL_ON_WRITE and os.fstat(fd).st_mode & (stat.S_ISUID | stat.S_ISGID):
         with session.credentials.without_fsetid(True):
             return _WRITE_OUT.pack(_piecewise(os.pwritev, fd, views, offset))
     if len(views) <= _IOV_MAX:
         return _WRITE_OUT.pack(os.pwritev(fd, views, offset))
     return _WRITE_OUT.pack(_piecewise(os.pwritev, fd, views, offset))
+
+
+def _write_in_place(
+    session: Session, handle: FileHandle, views: list[memoryview], offset: int
+) -> int:
+    """Write pages where they belong, though the handle is one for appending.
+
+    pwrite(2) appends with O_APPEND, whatever the offset. RWF_NOAPPEND would do, but is Linux 6.9's.
+    """
+    fd = session.reopen(handle.inode, os.O_WRONLY)
+    try:
+        return _piecewise(os.pwritev, fd, views, offset)
+    finally:
+        os.close(fd)
 
 
 def _piecewise(
