@@ -155,6 +155,7 @@ METADATA = tuple(operation.name for operation in OPERATIONS.values() if operatio
 
 RELAY = "vfsmount-rust"
 PYFUSE3 = "vfsmount-rust-pyfuse3"
+BUNDLED = "vfsmount-bundled"
 C_PEER = "passthrough_ll"
 
 
@@ -182,6 +183,9 @@ BARS: tuple[Bar, ...] = (
     ),
     Bar("uncached", RELAY, "read_1m", 0.9, C_PEER),
     Bar("uncached", RELAY, "write_1m", 0.9, C_PEER),
+    *(Bar("uncached", BUNDLED, name, 2.5, RELAY) for name in (*METADATA, "read_4k", "write_4k")),
+    Bar("uncached", BUNDLED, "read_1m", 0.8, RELAY),
+    Bar("uncached", BUNDLED, "write_1m", 0.8, RELAY),
     Bar("cached", RELAY, "stat", 1.1, C_PEER),
     Bar("cached", RELAY, "read_4k", 1.1, C_PEER),
     Bar("unpinned", RELAY, "read_4k", 2.2, C_PEER),
