@@ -1,7 +1,7 @@
 """Which part of the package may import which, read from the source with ast.
 
-Rooms are the folders of the package and its single modules. Pure modules are values in, values out:
-they do no I/O and know no event loop, so their tests need neither.
+Rooms are the folders of the package, the folders of ``client``, and single modules. Pure modules
+are values in, values out: they do no I/O and know no event loop, so their tests need neither.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vfsmount"
 
+#: What the client joins.
+BELOW = {"wire", "errors", "channel", "cache", "dax_shm"}
+
 #: Room -> rooms that it may import; each may import itself. "" is ``vfsmount/__init__.py``.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -24,10 +27,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "channel": {"wire", "errors"},
     "cache": {"wire", "errors"},
     "dax_shm": {"wire", "errors"},
-    "client": {"wire", "errors", "channel", "cache", "dax_shm", ""},
+    "client": BELOW | {""},
+    "client.relay": BELOW | {"client"},
+    "client.pyfuse": BELOW | {"client"},
+    "client.mount": BELOW | {"client", "client.relay", "client.pyfuse", ""},
     "hostd": {"wire", "errors"},
     "testing": {"wire", "errors", "channel", "hostd"},
-    "cli": {"client", "hostd", "errors", ""},
+    "cli": {"client", "client.mount", "hostd", "errors", ""},
     "__main__": {"cli"},
     "": {"channel", "cache", "client"},
 }
@@ -84,9 +90,9 @@ def imports(tree: ast.Module) -> Iterator[Import]:
 
 def room_of(module: Path) -> str:
     """Return the room that a module belongs to."""
-    if len(module.parts) > 1:
-        return module.parts[0]
-    return "" if module.name == "__init__.py" else module.stem
+    name = "" if module.name == "__init__.py" and len(module.parts) == 1 else module.parts[0]
+    known = room_named(".".join(("vfsmount", *module.with_suffix("").parts)))
+    return known or name.removesuffix(".py")
 
 
 def room_named(imported: str) -> str | None:
@@ -94,7 +100,8 @@ def room_named(imported: str) -> str | None:
     package, *rest = imported.split(".")
     if package != "vfsmount":
         return None
-    return rest[0] if rest and rest[0] in MAY_IMPORT else ""
+    within = (".".join(rest[:depth]) for depth in (2, 1))
+    return next((room for room in within if room in MAY_IMPORT), "")
 
 
 def is_pure(module: Path) -> bool:

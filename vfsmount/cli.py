@@ -20,7 +20,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from vfsmount import __version__
-from vfsmount.client.arguments import (
+from vfsmount.client.mount.arguments import (
     HELP,
     Arguments,
     Group,
@@ -131,13 +131,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tell(error: VfsmountError) -> None:
-    from vfsmount.client.logs import tell
+    from vfsmount.client.mount.logs import tell
 
     tell(error)
 
 
 def _mount(words: list[str]) -> int:
-    from vfsmount.client.options import MOUNT_GROUPS, parse_mount
+    from vfsmount.client.mount.options import MOUNT_GROUPS, parse_mount
 
     given = parse(words, MOUNT_GROUPS, "vfsmount").values
     if given.get("help"):
@@ -148,11 +148,11 @@ def _mount(words: list[str]) -> int:
         return ExitCode.OK
     settings = parse_mount(words)
 
-    from vfsmount.client.logs import start_logging
+    from vfsmount.client.mount.logs import start_logging
 
     start_logging(settings.log_level, settings.log_file)
 
-    from vfsmount.client.launch import run_mount
+    from vfsmount.client.mount.launch import run_mount
 
     return run_mount(settings)
 
@@ -170,7 +170,7 @@ def _umount(words: list[str]) -> int:
         print(render_help(("vfsmount umount MNT [option...]",), intro, UMOUNT_GROUPS), end="")
         return ExitCode.OK
 
-    from vfsmount.client.umount import run_umount
+    from vfsmount.client.mount.umount import run_umount
 
     run_umount(_one_mountpoint(given), lazy="lazy" in given.values, force="force" in given.values)
     return ExitCode.OK
@@ -183,7 +183,7 @@ def _status(words: list[str]) -> int:
         print(render_help(("vfsmount status MNT [--json]",), intro, STATUS_GROUPS), end="")
         return ExitCode.OK
 
-    from vfsmount.client.status import format_status, read_status
+    from vfsmount.client.mount.status import format_status, read_status
 
     status = read_status(_one_mountpoint(given))
     _print_document(status, format_status, as_json="json" in given.values)
@@ -204,7 +204,7 @@ def _probe(words: list[str]) -> int:
     if given.operands or not socket:
         raise UsageError("probe needs a socket", "write vfsmount probe --socket PATH")
 
-    from vfsmount.client.probe import format_probe, run_probe
+    from vfsmount.client.mount.probe import format_probe, run_probe
 
     _print_document(run_probe(socket), format_probe, as_json="json" in given.values)
     return ExitCode.OK

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.client.fake_session import attributes
+from tests.client.pyfuse.fake_session import attributes
 from vfsmount.cache.freshness import NOTHING_KNOWN, Freshness, signature_of
 
 OLD = signature_of(attributes(size=1, mtime=2, mtimensec=3, ctime=4, ctimensec=5))

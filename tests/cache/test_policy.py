@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vfsmount.cache.policy import FOREVER, CachePolicy
-from vfsmount.client.options import parse_mount
+from vfsmount.client.mount.options import parse_mount
 from vfsmount.errors import UsageError
 
 TIMES = ("entry", "attr", "negative", "dir")

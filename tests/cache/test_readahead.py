@@ -12,8 +12,8 @@ import pytest
 from tests.support.daemons import start_daemon
 from tests.support.environment import TMPFS, tmpfs_problem
 from tests.support.mounts import start_mount
+from vfsmount.client.mount.status import read_status
 from vfsmount.client.readahead import READAHEAD, raise_readahead
-from vfsmount.client.status import read_status
 
 MIB = 1 << 20
 

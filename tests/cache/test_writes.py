@@ -13,7 +13,7 @@ import pytest
 from tests.support.daemons import DAEMON_KINDS, require_daemon, start_daemon
 from tests.support.environment import TMPFS, tmpfs_problem
 from tests.support.mounts import start_mount
-from vfsmount.client.status import read_status
+from vfsmount.client.mount.status import read_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

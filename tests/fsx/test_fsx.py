@@ -14,7 +14,7 @@ from benchmarks.fsx import Exerciser
 from tests.support.daemons import require_daemon
 from tests.support.namespace import small_readahead
 from tests.support.shares import open_shared
-from vfsmount.client.status import read_status
+from vfsmount.client.mount.status import read_status
 
 pytestmark = [pytest.mark.needs_fuse, pytest.mark.slow]
 

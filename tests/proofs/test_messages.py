@@ -18,7 +18,7 @@ import pytest
 from tests.support.daemons import DAEMON_KINDS, require_daemon
 from tests.support.namespace import small_readahead
 from tests.support.shares import Shared, messages, open_shared
-from vfsmount.client.status import read_status
+from vfsmount.client.mount.status import read_status
 
 if TYPE_CHECKING:
     from collections import Counter

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from tests.support.daemons import Daemon, start_daemon
 from tests.support.environment import TMPFS, supports_user_xattr, tmpfs_problem
 from tests.support.mounts import Mount, start_mount
-from vfsmount.client.status import read_status
+from vfsmount.client.mount.status import read_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.wait import wait_until
 from tests.workloads.conftest import ENGINES, open_share
-from vfsmount.client.status import read_status
+from vfsmount.client.mount.status import read_status
 from vfsmount.errors import ExitCode
 
 if TYPE_CHECKING:

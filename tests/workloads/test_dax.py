@@ -17,7 +17,7 @@ import pytest
 from tests.support.daemons import start_daemon
 from tests.support.mounts import start_mount
 from tests.support.shares import Shared, messages, open_shared
-from vfsmount.client.status import read_status
+from vfsmount.client.mount.status import read_status
 from vfsmount.errors import ExitCode
 
 if TYPE_CHECKING:

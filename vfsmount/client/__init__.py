@@ -1,1 +1,1 @@
-"""FUSE client downward, file system upward: the session, the mount, and what commands it."""
+"""FUSE client downward: the session; above it two engines, and the mount that they serve."""

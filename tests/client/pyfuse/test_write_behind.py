@@ -1,0 +1,190 @@
+"""Write-behind through the handlers, on a session that only records."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Any, cast
+
+import pyfuse3
+import pytest
+import trio
+
+from tests.client.pyfuse.fake_session import FakeSession, attributes
+from tests.client.pyfuse.test_operations import ROOT, inode, look_up, opened
+from vfsmount.cache.policy import CachePolicy
+from vfsmount.client.pyfuse.operations import VirtioFsOperations
+from vfsmount.client.pyfuse.write_behind import WriteBehind
+from vfsmount.errors import RemoteErrno
+from vfsmount.wire import fuse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vfsmount.client.session import Session
+
+BEHIND = CachePolicy.for_mode("auto", writeback=True)
+FULL = RemoteErrno(16, 5, errno.ENOSPC)
+
+
+class Host(FakeSession):
+    """A daemon with one file."""
+
+    def __init__(self, limit: int = 1 << 20) -> None:
+        super().__init__(limit=limit)
+        self.content = bytearray()
+        self.answers["write"] = self._write
+        self.answers["getattr"] = lambda *_: fuse.AttrOut(1, 0, attributes(size=len(self.content)))
+        self.answers["setattr"] = self.answers["getattr"]
+        self.answers["read_view"] = lambda _node, _fh, at, size: bytes(self.content[at : at + size])
+
+    def _write(self, _node: int, _fh: int, at: int, data: Any, *_: Any) -> int:
+        end = at + len(data)
+        self.content.extend(bytes(max(0, end - len(self.content))))
+        self.content[at:end] = data
+        return len(data)
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host()
+
+
+@pytest.fixture
+async def ops(host: Host, monkeypatch: pytest.MonkeyPatch) -> VirtioFsOperations:
+    monkeypatch.setattr(pyfuse3, "invalidate_inode", lambda *_, **__: None)
+    ops = VirtioFsOperations(cast("Session", host), BEHIND)
+    await look_up(ops, host, 5)
+    return ops
+
+
+@pytest.fixture
+async def handle(ops: VirtioFsOperations, host: Host) -> pyfuse3.FileHandleT:
+    return await opened(ops, host, inode(50))
+
+
+async def test_a_mebibyte_in_small_writes_is_one_message(
+    ops: VirtioFsOperations, host: Host, handle: pyfuse3.FileHandleT
+) -> None:
+    for at in range(0, 1 << 20, 4096):
+        assert await ops.write(handle, at, b"x" * 4096) == 4096
+    assert "write" not in host.names()
+    await ops.flush(handle)
+    assert host.names().count("write") == 1
+    assert host.content == b"x" * (1 << 20)
+
+
+#: What must find the data at the host: by name, what to call.
+EVENTS: dict[str, Callable[[VirtioFsOperations, pyfuse3.FileHandleT], Any]] = {
+    "flush": lambda ops, fh: ops.flush(fh),
+    "fsync": lambda ops, fh: ops.fsync(fh, False),
+    "release": lambda ops, fh: ops.release(fh),
+    "read": lambda ops, fh: ops.read(fh, 0, 10),
+    "getattr": lambda ops, fh: ops.getattr(inode(50), ROOT),
+    "setattr": lambda ops, fh: ops.setattr(
+        inode(50), pyfuse3.EntryAttributes(), cast("pyfuse3.SetattrFields", Truncation()), fh, ROOT
+    ),
+    "open": lambda ops, fh: ops.open(inode(50), os.O_RDONLY, ROOT),
+}
+
+
+class Truncation:
+    """``SetattrFields`` of truncate(2), which cannot be made in Python."""
+
+    update_size = True
+    update_mode = update_uid = update_gid = update_atime = update_mtime = update_ctime = False
+
+
+@pytest.mark.parametrize("event", EVENTS)
+async def test_what_writes_out(
+    ops: VirtioFsOperations, host: Host, handle: pyfuse3.FileHandleT, event: str
+) -> None:
+    await ops.write(handle, 3, b"dirty")
+    assert host.content == b""
+    host.calls.clear()
+    await EVENTS[event](ops, handle)
+    assert host.content == b"\0\0\0dirty"
+    assert host.names()[0] == "write"
+
+
+async def test_size_counts_before_it_is_written(
+    ops: VirtioFsOperations, host: Host, handle: pyfuse3.FileHandleT
+) -> None:
+    await ops.write(handle, 100, b"tail")
+    found = await ops.lookup(inode(1), b"name", ROOT)
+    assert found.st_size == 104
+    assert host.content == b""
+
+
+async def test_appends_are_the_hosts(ops: VirtioFsOperations, host: Host) -> None:
+    plain = await opened(ops, host, inode(50))
+    append = await opened(ops, host, inode(50), flags=os.O_WRONLY | os.O_APPEND)
+    await ops.write(plain, 0, b"first")
+    await ops.write(append, 5, b"second")
+    assert host.content == b"firstsecond"
+    assert host.names().count("write") == 2
+
+
+async def test_each_handle_that_wrote_is_told_once(ops: VirtioFsOperations, host: Host) -> None:
+    one, two, reader = [await opened(ops, host, inode(50)) for _ in range(3)]
+    await ops.write(one, 0, b"one")
+    await ops.write(two, 3, b"two")
+    good, host.answers["write"] = host.answers["write"], FULL
+    await ops.getattr(inode(50), ROOT)  # somebody else's trouble: not told here
+    host.answers["write"] = good
+    await ops.flush(reader)
+    for handle in (one, two):
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            await ops.fsync(handle, False)
+        assert caught.value.errno == errno.ENOSPC
+        await ops.fsync(handle, False)
+    assert host.content == b"onetwo"
+
+
+async def test_what_never_got_there_is_told(
+    ops: VirtioFsOperations,
+    host: Host,
+    handle: pyfuse3.FileHandleT,
+    expect_log: Callable[[str], None],
+) -> None:
+    expect_log("4 bytes written to node 5 did not reach the host")
+    await ops.write(handle, 0, b"lost")
+    host.answers["write"] = FULL
+    with pytest.raises(pyfuse3.FUSEError):
+        await ops.flush(handle)
+    await ops.release(handle)
+
+
+async def test_too_much_is_written_by_the_writer(host: Host) -> None:
+    behind = WriteBehind(cast("Session", host), limit=100)
+    file = Plain()
+    await behind.write(5, file, 0, bytes(100), 0)
+    assert not host.content
+    await behind.write(5, file, 100, b"x", 0)
+    assert len(host.content) == 101
+
+
+class Plain:
+    """A handle."""
+
+    number, fh, flags = 1, 7, os.O_RDWR
+
+
+async def test_old_data_are_written(host: Host, autojump_clock: trio.testing.MockClock) -> None:
+    behind = WriteBehind(cast("Session", host))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(behind.run)
+        await behind.write(5, Plain(), 0, b"old", 0)
+        await trio.sleep(29.9)
+        assert not host.content
+        await behind.write(5, Plain(), 3, b"new", 0)
+        await trio.sleep(0.2)
+        assert host.content == b"oldnew"
+        nursery.cancel_scope.cancel()
+
+
+async def test_the_end_writes_everything(host: Host) -> None:
+    behind = WriteBehind(cast("Session", host))
+    await behind.write(5, Plain(), 0, b"last", 0)
+    await behind.finish()
+    assert host.content == b"last"

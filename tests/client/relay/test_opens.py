@@ -1,0 +1,141 @@
+"""OPEN through the relay, between a fake kernel and a fake device: what goes where, when."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.client.pyfuse.fake_session import attributes
+from tests.client.relay.fake_kernel import AUTO, Stage, on_stage
+from tests.support.wait import wait_until_async
+from vfsmount.wire import fuse
+from vfsmount.wire.fuse import NotifyCode, Opcode, OpenOutFlag
+
+if TYPE_CHECKING:
+    from vfsmount.testing.fake_device import DeviceRequest
+
+NODE = 7
+OPEN = fuse.OPEN_IN.values(os.O_RDONLY, 0)
+
+
+class Host:
+    """A device with one file."""
+
+    def __init__(self) -> None:
+        self.attr = attributes(size=5, ctime=1)
+        self.seen: list[int] = []
+        self.kept: list[DeviceRequest] = []
+        self.keep: set[int] = set()
+
+    def __call__(self, request: DeviceRequest) -> None:
+        opcode = request.header.opcode
+        self.seen.append(opcode)
+        if opcode in self.keep:
+            self.kept.append(request)
+        else:
+            self.answer(request)
+
+    def answer(self, request: DeviceRequest) -> None:
+        opcode = request.header.opcode
+        if opcode == Opcode.OPEN:
+            request.reply(fuse.OPEN_OUT.values(3, 0, 0))
+        elif opcode == Opcode.GETATTR:
+            request.reply(fuse.ATTR_OUT.pack(fuse.AttrOut(0, 0, self.attr)))
+        elif request.room:
+            request.reply()
+        else:
+            request.use()
+
+
+async def open_file(stage: Stage) -> tuple[bool, int]:
+    """Open the file; return whether attributes were invalidated before, and the flags."""
+    stage.send(Opcode.OPEN, NODE, OPEN)
+    reply = await stage.receive()
+    told = reply.unique == 0
+    if told:
+        assert -reply.errno == NotifyCode.INVAL_INODE
+        reply = await stage.receive()
+    assert reply.errno == 0
+    return told, fuse.OPEN_OUT.unpack(reply.body).open_flags
+
+
+async def test_an_unchanged_file_costs_one_more_message() -> None:
+    host = Host()
+    async with on_stage(host) as stage:
+        await stage.call(Opcode.GETATTR, NODE, bytes(16))
+        assert await open_file(stage) == (False, 0)
+        assert await open_file(stage) == (False, OpenOutFlag.KEEP_CACHE)
+        assert sorted(host.seen) == [Opcode.GETATTR] * 3 + [Opcode.OPEN] * 2
+
+
+async def test_what_changed_is_told_once() -> None:
+    """The kernel's question that follows is answered from what the open has found."""
+    host = Host()
+    async with on_stage(host) as stage:
+        await open_file(stage)
+        await stage.call(Opcode.GETATTR, NODE, bytes(16))
+        host.attr = attributes(size=9, ctime=2)
+        host.seen.clear()
+        assert await open_file(stage) == (True, 0)
+        reply = fuse.ATTR_OUT.unpack((await stage.call(Opcode.GETATTR, NODE, bytes(16))).body)
+        assert reply.attr.size == 9
+        assert (reply.attr_valid, bool(reply.attr_valid_nsec)) == (0, True)
+        assert sorted(host.seen) == [Opcode.GETATTR, Opcode.OPEN]
+        assert await open_file(stage) == (False, OpenOutFlag.KEEP_CACHE)
+
+
+async def test_a_change_of_ours_makes_the_kernel_ask_the_daemon() -> None:
+    host = Host()
+    async with on_stage(host) as stage:
+        await open_file(stage)
+        write = fuse.WRITE_IN.values(3, 0, 1, 0, 0, 0) + b"x"
+        await stage.call(Opcode.WRITE, NODE, write)
+        host.seen.clear()
+        await stage.call(Opcode.GETATTR, NODE, bytes(16))
+        assert host.seen == [Opcode.GETATTR]
+
+
+async def test_a_change_on_its_way_parks_nothing() -> None:
+    host = Host()
+    host.keep = {int(Opcode.WRITE)}
+    async with on_stage(host) as stage:
+        unique = stage.send(Opcode.WRITE, NODE, fuse.WRITE_IN.values(3, 0, 1, 0, 0, 0) + b"x")
+        assert (await open_file(stage))[0]
+        host.answer(host.kept[0])
+        assert (await stage.receive()).unique == unique
+        host.seen.clear()
+        await stage.call(Opcode.GETATTR, NODE, bytes(16))
+        assert host.seen == [Opcode.GETATTR]
+
+
+@pytest.mark.parametrize("late", [Opcode.OPEN, Opcode.GETATTR])
+async def test_either_may_come_last(late: Opcode) -> None:
+    host = Host()
+    host.keep = {int(late)}
+    async with on_stage(host) as stage:
+        unique = stage.send(Opcode.OPEN, NODE, OPEN)
+        await wait_until_async(lambda: host.kept, 5, "it to be kept")
+        await stage.nothing_comes()
+        host.answer(host.kept[0])
+        assert (await stage.receive()).unique == 0
+        assert (await stage.receive()).unique == unique
+
+
+async def test_a_file_without_a_name_is_stale_once() -> None:
+    host = Host()
+    host.attr = host.attr._replace(nlink=0)
+    async with on_stage(host) as stage:
+        assert (await stage.call(Opcode.OPEN, NODE, OPEN)).errno == errno.ESTALE
+        assert await open_file(stage) == (True, 0)
+        assert Opcode.RELEASE in host.seen
+
+
+async def test_truncation_needs_no_check() -> None:
+    host = Host()
+    async with on_stage(host, AUTO) as stage:
+        body = fuse.OPEN_IN.values(os.O_WRONLY | os.O_TRUNC, 0)
+        assert (await stage.call(Opcode.OPEN, NODE, body)).errno == 0
+        assert host.seen == [Opcode.OPEN]
