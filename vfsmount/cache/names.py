@@ -120,11 +120,7 @@ class Names:
         if folder is None:
             return
         self._unlist(folder)
-        found = folder.names.pop(name, None)
-        if found is not None:
-            self._count -= 1
-            if nodeid := _nodeid(found):
-                self._left(nodeid, gone=True)
+        self._remove(folder, name)
         self._tidy(parent, folder)
 
     # --- listings ---
@@ -154,6 +150,15 @@ class Names:
     def _tidy(self, parent: int, folder: _Folder) -> None:
         if not folder.names and folder.listing is None:
             self._folders.pop(parent, None)
+
+    def _remove(self, folder: _Folder, name: bytes) -> None:
+        """Take a name out; it may be gone already, with a directory given up meanwhile."""
+        found = folder.names.pop(name, None)
+        if found is None:
+            return
+        self._count -= 1
+        if nodeid := _nodeid(found):
+            self._left(nodeid, gone=True)
 
     def _left(self, nodeid: int, *, gone: bool) -> None:
         """Give one reference back; when the name is ``gone``, so is what was below it."""
@@ -185,11 +190,7 @@ class Names:
             parent, folder = next(iter(self._folders.items()))
             self._unlist(folder)
             for name in list(islice(folder.names, max(0, self._count - enough))):
-                found = folder.names.pop(name, None)
-                if found is not None:
-                    self._count -= 1
-                    if nodeid := _nodeid(found):
-                        self._left(nodeid, gone=True)
+                self._remove(folder, name)
             self._tidy(parent, folder)
 
     def clear(self) -> None:
