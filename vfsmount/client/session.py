@@ -338,13 +338,11 @@ class Session:
 
     async def unlink(self, parent: int, name: bytes, caller: Identity | None = None) -> None:
         """UNLINK: remove a name that is no directory."""
-        self._nothing(
-            Opcode.UNLINK, await self._send(Opcode.UNLINK, parent, _names(name), 0, caller)
-        )
+        await self._send(Opcode.UNLINK, parent, _names(name), 0, caller)
 
     async def rmdir(self, parent: int, name: bytes, caller: Identity | None = None) -> None:
         """RMDIR: remove an empty directory."""
-        self._nothing(Opcode.RMDIR, await self._send(Opcode.RMDIR, parent, _names(name), 0, caller))
+        await self._send(Opcode.RMDIR, parent, _names(name), 0, caller)
 
     async def rename(
         self,
@@ -359,10 +357,10 @@ class Session:
         names = _names(name, new_name)
         if flags:
             body = fuse.RENAME2_IN.values(new_parent, flags) + names
-            self._nothing(Opcode.RENAME2, await self._send(Opcode.RENAME2, parent, body, 0, caller))
+            await self._send(Opcode.RENAME2, parent, body, 0, caller)
         else:
             body = fuse.RENAME_IN.values(new_parent) + names
-            self._nothing(Opcode.RENAME, await self._send(Opcode.RENAME, parent, body, 0, caller))
+            await self._send(Opcode.RENAME, parent, body, 0, caller)
 
     async def readlink(self, nodeid: int, caller: Identity | None = None) -> bytes:
         """READLINK: the target, 1 to 4095 bytes."""
@@ -397,28 +395,17 @@ class Session:
         """STATX (7.39): ``flags`` and ``mask`` as in statx(2)."""
         has_fh = 0 if fh is None else fuse.GetattrFlag.FH
         body = fuse.STATX_IN.values(has_fh, fh or 0, flags, mask)
-        return self._unpack(
-            Opcode.STATX,
-            fuse.STATX_OUT,
-            await self._send(Opcode.STATX, nodeid, body, fuse.STATX_OUT.size, caller),
-        )
+        return await self._ask(Opcode.STATX, fuse.STATX_OUT, nodeid, body, caller)
 
     async def access(self, nodeid: int, mask: int, caller: Identity | None = None) -> None:
         """ACCESS: may ``caller`` do ``mask`` (R_OK, W_OK, X_OK)? Real daemons say yes or ENOSYS."""
-        self._nothing(
-            Opcode.ACCESS,
-            await self._send(Opcode.ACCESS, nodeid, fuse.ACCESS_IN.values(mask), 0, caller),
-        )
+        await self._send(Opcode.ACCESS, nodeid, fuse.ACCESS_IN.values(mask), 0, caller)
 
     async def statfs(
         self, nodeid: int = fuse.ROOT_ID, caller: Identity | None = None
     ) -> fuse.Kstatfs:
         """STATFS: of the file system that holds ``nodeid``."""
-        return self._unpack(
-            Opcode.STATFS,
-            fuse.KSTATFS,
-            await self._send(Opcode.STATFS, nodeid, b"", fuse.KSTATFS.size, caller),
-        )
+        return await self._ask(Opcode.STATFS, fuse.KSTATFS, nodeid, b"", caller)
 
     async def setxattr(
         self,
@@ -434,10 +421,7 @@ class Session:
             body = fuse.SETXATTR_IN.values(len(value), flags, setxattr_flags)
         else:
             body = fuse.SETXATTR_IN_COMPAT.values(len(value), flags)
-        self._nothing(
-            Opcode.SETXATTR,
-            await self._send(Opcode.SETXATTR, nodeid, body + _names(name) + value, 0, caller),
-        )
+        await self._send(Opcode.SETXATTR, nodeid, body + _names(name) + value, 0, caller)
 
     async def getxattr(
         self,
@@ -453,11 +437,7 @@ class Session:
     async def getxattr_size(self, nodeid: int, name: bytes, caller: Identity | None = None) -> int:
         """GETXATTR with size 0: bytes that the value takes."""
         body = fuse.GETXATTR_IN.values(0) + _names(name)
-        reply = self._unpack(
-            Opcode.GETXATTR,
-            fuse.GETXATTR_OUT,
-            await self._send(Opcode.GETXATTR, nodeid, body, fuse.GETXATTR_OUT.size, caller),
-        )
+        reply = await self._ask(Opcode.GETXATTR, fuse.GETXATTR_OUT, nodeid, body, caller)
         return reply.size
 
     async def listxattr(
@@ -473,19 +453,12 @@ class Session:
     async def listxattr_size(self, nodeid: int, caller: Identity | None = None) -> int:
         """LISTXATTR with size 0: bytes that the list takes."""
         body = fuse.GETXATTR_IN.values(0)
-        reply = self._unpack(
-            Opcode.LISTXATTR,
-            fuse.GETXATTR_OUT,
-            await self._send(Opcode.LISTXATTR, nodeid, body, fuse.GETXATTR_OUT.size, caller),
-        )
+        reply = await self._ask(Opcode.LISTXATTR, fuse.GETXATTR_OUT, nodeid, body, caller)
         return reply.size
 
     async def removexattr(self, nodeid: int, name: bytes, caller: Identity | None = None) -> None:
         """REMOVEXATTR: ENODATA when it is not there."""
-        self._nothing(
-            Opcode.REMOVEXATTR,
-            await self._send(Opcode.REMOVEXATTR, nodeid, _names(name), 0, caller),
-        )
+        await self._send(Opcode.REMOVEXATTR, nodeid, _names(name), 0, caller)
 
     # --- files -----------------------------------------------------------------------------------
 
@@ -495,8 +468,7 @@ class Session:
         """OPEN: ``flags`` as in open(2), which O_CREAT, O_EXCL and O_NOCTTY never reach."""
         body = fuse.OPEN_IN.values(flags, open_flags)
         undo = partial(self._undo_open, Opcode.RELEASE, nodeid)
-        reply = await self._send(Opcode.OPEN, nodeid, body, fuse.OPEN_OUT.size, caller, undo)
-        opened = self._unpack(Opcode.OPEN, fuse.OPEN_OUT, reply)
+        opened = await self._ask(Opcode.OPEN, fuse.OPEN_OUT, nodeid, body, caller, undo)
         if self.dax is not None:
             self.dax.opened(nodeid, opened.fh, flags)
         return opened
@@ -627,17 +599,14 @@ class Session:
         self, nodeid: int, fh: int, lock_owner: int = 0, caller: Identity | None = None
     ) -> None:
         """FLUSH: each close(2) of a handle."""
-        self._nothing(
-            Opcode.FLUSH,
-            await self._send(Opcode.FLUSH, nodeid, fuse.FLUSH_IN.values(fh, lock_owner), 0, caller),
-        )
+        await self._send(Opcode.FLUSH, nodeid, fuse.FLUSH_IN.values(fh, lock_owner), 0, caller)
 
     async def fsync(
         self, nodeid: int, fh: int, datasync: bool = False, caller: Identity | None = None
     ) -> None:
         """FSYNC: everything written through any handle is durable at the host."""
         body = fuse.FSYNC_IN.values(fh, fuse.FsyncFlag.FDATASYNC if datasync else 0)
-        self._nothing(Opcode.FSYNC, await self._send(Opcode.FSYNC, nodeid, body, 0, caller))
+        await self._send(Opcode.FSYNC, nodeid, body, 0, caller)
 
     async def release(
         self,
@@ -670,20 +639,14 @@ class Session:
     ) -> None:
         """FALLOCATE: as fallocate(2)."""
         body = fuse.FALLOCATE_IN.values(fh, offset, length, mode)
-        self._nothing(Opcode.FALLOCATE, await self._send(Opcode.FALLOCATE, nodeid, body, 0, caller))
+        await self._send(Opcode.FALLOCATE, nodeid, body, 0, caller)
 
     async def lseek(
         self, nodeid: int, fh: int, offset: int, whence: int, caller: Identity | None = None
     ) -> int:
         """LSEEK: for SEEK_DATA and SEEK_HOLE; ENXIO at the end."""
         body = fuse.LSEEK_IN.values(fh, offset, whence)
-        return (
-            self._unpack(
-                Opcode.LSEEK,
-                fuse.LSEEK_OUT,
-                await self._send(Opcode.LSEEK, nodeid, body, fuse.LSEEK_OUT.size, caller),
-            )
-        ).offset
+        return (await self._ask(Opcode.LSEEK, fuse.LSEEK_OUT, nodeid, body, caller)).offset
 
     async def copy_file_range(
         self,
@@ -693,11 +656,7 @@ class Session:
     ) -> int:
         """COPY_FILE_RANGE: copies at the host; returns the bytes copied (32 bits of them)."""
         body = fuse.COPY_FILE_RANGE_IN.pack(copy)
-        reply = self._unpack(
-            Opcode.COPY_FILE_RANGE,
-            fuse.WRITE_OUT,
-            await self._send(Opcode.COPY_FILE_RANGE, nodeid, body, fuse.WRITE_OUT.size, caller),
-        )
+        reply = await self._ask(Opcode.COPY_FILE_RANGE, fuse.WRITE_OUT, nodeid, body, caller)
         return reply.size
 
     async def copy_file_range_64(
@@ -709,20 +668,14 @@ class Session:
         """COPY_FILE_RANGE_64 (7.45): as copy_file_range with a 64-bit count."""
         opcode, codec = Opcode.COPY_FILE_RANGE_64, fuse.COPY_FILE_RANGE_OUT
         body = fuse.COPY_FILE_RANGE_IN.pack(copy)
-        return (
-            self._unpack(opcode, codec, await self._send(opcode, nodeid, body, codec.size, caller))
-        ).bytes_copied
+        return (await self._ask(opcode, codec, nodeid, body, caller)).bytes_copied
 
     async def getlk(
         self, nodeid: int, lock: fuse.LkIn, caller: Identity | None = None
     ) -> fuse.LkOut:
         """GETLK: the lock that stands in the way of ``lock``, or type UNLOCK."""
         body = fuse.LK_IN.pack(lock)
-        return self._unpack(
-            Opcode.GETLK,
-            fuse.LK_OUT,
-            await self._send(Opcode.GETLK, nodeid, body, fuse.LK_OUT.size, caller),
-        )
+        return await self._ask(Opcode.GETLK, fuse.LK_OUT, nodeid, body, caller)
 
     async def setlk(
         self, nodeid: int, lock: fuse.LkIn, wait: bool = False, caller: Identity | None = None
@@ -734,7 +687,7 @@ class Session:
         opcode = Opcode.SETLKW if wait else Opcode.SETLK
         undo = partial(self._undo_lock, nodeid, lock)
         body = fuse.LK_IN.pack(lock)
-        self._nothing(opcode, await self._send(opcode, nodeid, body, 0, caller, undo))
+        await self._send(opcode, nodeid, body, 0, caller, undo)
 
     async def ioctl(
         self,
@@ -758,33 +711,18 @@ class Session:
     ) -> int:
         """POLL: which of ``events`` (poll(2)) are true now."""
         body = fuse.POLL_IN.values(fh, kh, 0, events)
-        return (
-            self._unpack(
-                Opcode.POLL,
-                fuse.POLL_OUT,
-                await self._send(Opcode.POLL, nodeid, body, fuse.POLL_OUT.size, caller),
-            )
-        ).revents
+        return (await self._ask(Opcode.POLL, fuse.POLL_OUT, nodeid, body, caller)).revents
 
     async def bmap(
         self, nodeid: int, block: int, blocksize: int, caller: Identity | None = None
     ) -> int:
         """BMAP: where ``block`` of the file lies on the device."""
         body = fuse.BMAP_IN.values(block, blocksize)
-        return (
-            self._unpack(
-                Opcode.BMAP,
-                fuse.BMAP_OUT,
-                await self._send(Opcode.BMAP, nodeid, body, fuse.BMAP_OUT.size, caller),
-            )
-        ).block
+        return (await self._ask(Opcode.BMAP, fuse.BMAP_OUT, nodeid, body, caller)).block
 
     async def syncfs(self, nodeid: int = fuse.ROOT_ID, caller: Identity | None = None) -> None:
         """SYNCFS: as syncfs(2) at the host."""
-        self._nothing(
-            Opcode.SYNCFS,
-            await self._send(Opcode.SYNCFS, nodeid, fuse.SYNCFS_IN.values(0), 0, caller),
-        )
+        await self._send(Opcode.SYNCFS, nodeid, fuse.SYNCFS_IN.values(0), 0, caller)
 
     # --- directories -----------------------------------------------------------------------------
 
@@ -794,8 +732,7 @@ class Session:
         """OPENDIR."""
         body = fuse.OPEN_IN.values(flags, 0)
         undo = partial(self._undo_open, Opcode.RELEASEDIR, nodeid)
-        reply = await self._send(Opcode.OPENDIR, nodeid, body, fuse.OPEN_OUT.size, caller, undo)
-        return self._unpack(Opcode.OPENDIR, fuse.OPEN_OUT, reply)
+        return await self._ask(Opcode.OPENDIR, fuse.OPEN_OUT, nodeid, body, caller, undo)
 
     async def readdir(
         self, nodeid: int, fh: int, offset: int, size: int, caller: Identity | None = None
@@ -824,7 +761,7 @@ class Session:
     ) -> None:
         """FSYNCDIR."""
         body = fuse.FSYNC_IN.values(fh, fuse.FsyncFlag.FDATASYNC if datasync else 0)
-        self._nothing(Opcode.FSYNCDIR, await self._send(Opcode.FSYNCDIR, nodeid, body, 0, caller))
+        await self._send(Opcode.FSYNCDIR, nodeid, body, 0, caller)
 
     async def releasedir(
         self,
@@ -847,7 +784,7 @@ class Session:
             opcode, nodeid, body, uid=who.uid, gid=who.gid, pid=who.pid
         )
         if not posted:
-            self._nothing(opcode, await self._send(opcode, nodeid, body, 0, caller))
+            await self._send(opcode, nodeid, body, 0, caller)
 
     # --- DAX -------------------------------------------------------------------------------------
 
@@ -862,18 +799,14 @@ class Session:
     ) -> None:
         """SETUPMAPPING: map ``length`` bytes of the file at ``moffset`` of the window."""
         body = fuse.SETUPMAPPING_IN.values(fh, foffset, length, flags, moffset)
-        self._nothing(
-            Opcode.SETUPMAPPING, await self._send(Opcode.SETUPMAPPING, nodeid, body, 0, None)
-        )
+        await self._send(Opcode.SETUPMAPPING, nodeid, body, 0, None)
 
     async def removemapping(self, nodeid: int, ranges: Sequence[tuple[int, int]]) -> None:
         """REMOVEMAPPING: of (moffset, length) pairs."""
         body = fuse.REMOVEMAPPING_IN.values(len(ranges)) + b"".join(
             fuse.REMOVEMAPPING_ONE.values(*one) for one in ranges
         )
-        self._nothing(
-            Opcode.REMOVEMAPPING, await self._send(Opcode.REMOVEMAPPING, nodeid, body, 0, None)
-        )
+        await self._send(Opcode.REMOVEMAPPING, nodeid, body, 0, None)
 
     # --- anything --------------------------------------------------------------------------------
 
@@ -916,6 +849,7 @@ class Session:
         extlen: int = 0,
     ) -> Coroutine[Any, Any, bytes]:
         # Not async itself: each coroutine between an application and the ring costs 1 to 2 us.
+        # A reply_size of 0 is room for success or an error: the channel lets no body through.
         who = caller or self._self
         return self.channel.request(
             opcode,
@@ -928,6 +862,19 @@ class Session:
             extlen=extlen,
             on_abandoned=on_abandoned,
         )
+
+    async def _ask(
+        self,
+        opcode: int,
+        codec: Codec[R],
+        nodeid: int,
+        body: bytes,
+        caller: Identity | None,
+        on_abandoned: Callable[[bytes], None] | None = None,
+    ) -> R:
+        """Send what is answered with one struct."""
+        reply = await self._send(opcode, nodeid, body, codec.size, caller, on_abandoned)
+        return self._unpack(opcode, codec, reply)
 
     async def _make(
         self,
@@ -986,10 +933,6 @@ class Session:
             name = fuse.opcode_name(opcode)
             raise self._violation(f"reply to {name} of {len(reply)} bytes, {codec.size} expected")
         return codec.unpack(reply)
-
-    def _nothing(self, opcode: int, reply: bytes) -> None:
-        if reply:
-            raise self._violation(f"reply to {fuse.opcode_name(opcode)} has a body")
 
     def _attributes(self, opcode: int, reply: bytes) -> fuse.AttrOut:
         out = self._unpack(opcode, fuse.ATTR_OUT, reply)
