@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import grp
 import json
 import logging
@@ -332,6 +333,18 @@ def test_socket_of_a_group(home: Path) -> None:
 def test_no_such_group(capsys: pytest.CaptureFixture[str], home: Path) -> None:
     words = (str(home), "--socket", f"{home}/s", "--socket-group", "no such")
     assert "there is no group 'no such' (check path and group)" in failure(capsys, *words)
+    assert not (home / "s").exists()
+
+
+def test_a_group_that_the_host_does_not_admit_leaves_no_socket(
+    capsys: pytest.CaptureFixture[str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "not your group")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    words = (str(home), "--socket", f"{home}/s", "--socket-group", grp.getgrgid(0).gr_name)
+    assert "not your group (check path and group)" in failure(capsys, *words)
     assert not (home / "s").exists()
 
 

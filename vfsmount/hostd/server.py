@@ -59,9 +59,13 @@ def listen(path: str, group: str | None = None) -> socket.socket:
     umask = os.umask(0o077)
     try:
         sock.bind(path)
-        if group is not None:
-            _admit_group(path, group)
-        sock.listen(_BACKLOG)
+        try:
+            if group is not None:
+                _admit_group(path, group)
+            sock.listen(_BACKLOG)
+        except (OSError, ValueError):
+            os.unlink(path)
+            raise
     except (OSError, ValueError) as error:
         sock.close()
         reason = getattr(error, "strerror", None) or error
@@ -78,7 +82,6 @@ def _admit_group(path: str, group: str) -> None:
     try:
         gid = grp.getgrnam(group).gr_gid
     except KeyError:
-        os.unlink(path)
         raise ValueError(f"there is no group {group!r}") from None
     os.chown(path, -1, gid)
     os.chmod(path, 0o660)
