@@ -19,6 +19,7 @@ import pytest
 from tests.hostd.frontend import Disconnected, Frontend
 from tests.hostd.guest import ROOT, expect_errno
 from tests.support.wait import wait_until
+from vfsmount.errors import ExitCode
 from vfsmount.hostd import seccomp
 from vfsmount.wire.fuse import Opcode
 
@@ -147,10 +148,11 @@ def failure(
     *arguments: str,
     prefix: tuple[str, ...] = (),
     command: Sequence[str] = COMMAND,
+    status: int = ExitCode.USAGE,
 ) -> str:
     words = [*prefix, *command, f"{home}/share", "--socket", f"{home}/s", *arguments]
     ended = subprocess.run(words, capture_output=True, cwd=REPOSITORY, timeout=DEADLINE)
-    assert ended.returncode == 1
+    assert ended.returncode == status
     assert not (home / "s").exists()
     return ended.stderr.decode()
 
@@ -527,6 +529,48 @@ def test_without_namespaces_no_descriptor_is_left_over(home: Path) -> None:
         folder = Path(f"/proc/{running.served_by}/fd")
         places = [os.readlink(path) for path in folder.iterdir()]
         assert sum(place.startswith("/proc") for place in places) == 1  # the share's own
+
+
+FAILS_AT = """
+from vfsmount.hostd import syscalls
+real, calls = syscalls.{call}, []
+def refuse_once(*arguments):
+    calls.append(1)
+    if len(calls) == {number}:
+        raise OSError(1, 'out of it')
+    return real(*arguments)
+syscalls.{call} = refuse_once
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [("mount", 1), ("mount", 2), ("mount", 4), ("pivot_root", 1), ("detach", 1), ("detach", 3)],
+)
+def test_a_sandbox_that_fails_half_way_is_none(home: Path, call: str, number: int) -> None:
+    trap = home / "share" / "proc" / "self" / "fd"
+    trap.mkdir(parents=True)
+    command = with_code(FAILS_AT.format(call=call, number=number))
+    assert "out of it" in failure(home, command=command)
+
+    with daemon(home, "--sandbox", "auto", command=command, lines=1) as running:
+        assert "mnt" not in running.namespaces()
+        pid = running.served_by
+        assert os.readlink(f"/proc/{pid}/root") == os.readlink("/proc/self/root")
+        places = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+        assert sum(place.startswith("/proc") for place in places) == 1  # the share's own
+        assert os.fspath(trap) not in places
+        with running.guest() as guest:
+            nodeid = guest.walk("file")
+            assert guest.read(guest.open(nodeid, os.O_RDONLY), 0, 100) == b"inside"
+
+
+def test_no_way_back_from_half_a_sandbox_is_the_end(home: Path) -> None:
+    code = FAILS_AT.format(call="pivot_root", number=1) + (
+        "def stay(*_):\n raise OSError(1, 'here to stay')\nsyscalls.enter_mount_namespace = stay"
+    )
+    line = failure(home, "--sandbox", "auto", command=with_code(code), status=ExitCode.INTERNAL)
+    assert "out of it; no way back: here to stay (" in line
 
 
 # --- systemd -------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def _open_share(arguments: Arguments, kind: Sandbox, directory: int) -> Share:
         sandbox.enter_chroot(directory)
     elif kind is not Sandbox.NONE:
         try:
-            sandbox.enter_namespaces(directory)
+            sandbox.enter_namespaces(directory, or_return=kind is Sandbox.AUTO)
         except UsageError as error:
             if kind is not Sandbox.AUTO:
                 raise

@@ -17,7 +17,7 @@ import os
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
-from vfsmount.errors import UsageError
+from vfsmount.errors import UsageError, VfsmountError
 from vfsmount.hostd import capabilities, procfd, syscalls
 from vfsmount.hostd.isolation import UserMap
 
@@ -72,38 +72,63 @@ def begin_pid_namespace() -> None:
         syscalls.unshare(_CLONE_NEWPID)
 
 
-def enter_namespaces(directory: int) -> None:
+def enter_namespaces(directory: int, *, or_return: bool = False) -> None:
     """Make a directory the root of a mount namespace, which has no network either.
 
     Mounts that the host makes or removes below the directory follow as far as its own are shared.
 
     Args:
         directory: Descriptor of the directory. It leads to what lies around it, so close it then.
+        or_return: The caller goes on without where the host does not allow it.
 
     Raises:
-        UsageError: The host does not allow it.
+        UsageError: The host does not allow it. With ``or_return``, root and mounts are as before.
+        VfsmountError: They cannot be.
     """
     with ExitStack() as places:
         with step("/proc/self/fd", "mount proc on /proc"):
             host_proc = _held(procfd.open_folder(), places)
+            host_root = _held(os.open("/", _PLACE), places)
+            host_mounts = _held(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC), places)
         with step("mount and net namespaces", _NO_NAMESPACES):
             os.fchdir(directory)  # which moves along, unlike descriptors
             syscalls.unshare(_CLONE_NEWNS | _CLONE_NEWNET)
-            syscalls.mount("none", "/", None, _MS_REC | _MS_SLAVE)
-        with step("shared directory as root", _NO_NAMESPACES):
-            syscalls.mount(".", _STAGE, None, _MS_BIND | _MS_REC)
-            root = _held(os.open(_STAGE, _PLACE), places)
-            proc_fd = _own_proc(host_proc)
-            if proc_fd != host_proc:
-                _held(proc_fd, places)
-            try:
-                syscalls.pivot_root(_STAGE, _STAGE)
-            except OSError:
-                syscalls.detach(_STAGE)
-                raise
-            os.fchdir(root)
-            syscalls.detach(".")  # the old root, which lies on top of the new one
-            _live_in(proc_fd)
+        try:
+            with step("shared directory as root", _NO_NAMESPACES):
+                _make_root(host_proc, places)
+        except UsageError as error:
+            # Half of it would be worse than nothing: /proc may be a folder of the guest's by now.
+            if or_return:
+                _return_to(host_mounts, host_root, error)
+            raise
+
+
+def _make_root(host_proc: int, places: ExitStack) -> None:
+    """Make the working directory the root of this mount namespace, and leave nothing else."""
+    syscalls.mount("none", "/", None, _MS_REC | _MS_SLAVE)
+    syscalls.mount(".", _STAGE, None, _MS_BIND | _MS_REC)
+    root = _held(os.open(_STAGE, _PLACE), places)
+    proc_fd = _own_proc(host_proc)
+    if proc_fd != host_proc:
+        _held(proc_fd, places)
+    syscalls.pivot_root(_STAGE, _STAGE)
+    os.fchdir(root)
+    syscalls.detach(".")  # the old root, which lies on top of the new one
+    _live_in(proc_fd)
+
+
+def _return_to(mounts: int, root: int, cause: UsageError) -> None:
+    """Go back to a mount namespace, and to what the root was there.
+
+    Raises:
+        VfsmountError: The host does not allow that either.
+    """
+    try:
+        syscalls.enter_mount_namespace(mounts)
+        os.fchdir(root)
+        os.chroot(".")
+    except OSError as error:
+        raise VfsmountError(f"{cause}; no way back: {error.strerror}", cause.cure) from None
 
 
 def _held(fd: int, places: ExitStack) -> int:

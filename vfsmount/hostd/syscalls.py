@@ -24,6 +24,7 @@ __all__ = [
     "birth_time",
     "detach",
     "drop_bounding_set",
+    "enter_mount_namespace",
     "fallocate",
     "getdents64",
     "mount",
@@ -62,7 +63,7 @@ _STATX_BTIME, _STX_BTIME = 0x800, struct.Struct("=80xqI")
 _STATX_MNT_ID, _STX_MNT_ID = 0x1000, struct.Struct("=144xQ")
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 0x02, 0x04, 0x08
 
-_CLONE_FS = 0x200
+_CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
 _MAX_HANDLE_SZ = 128
 _UNCHANGED = -1
 _MNT_DETACH = 2
@@ -104,6 +105,7 @@ _statx = _function("statx", _int, _path, _int, _uint, _pointer)
 _name_to_handle_at = _function("name_to_handle_at", _int, _path, _pointer, _pointer, _int)
 _open_by_handle_at = _function("open_by_handle_at", _int, _pointer, _int)
 _unshare = _function("unshare", _int)
+_setns = _function("setns", _int, _int)
 _capget = _function("capget", _pointer, _pointer)
 _capset = _function("capset", _pointer, _pointer)
 _prctl = _function("prctl", _int, _ulong, _ulong, _ulong, _ulong)
@@ -311,6 +313,11 @@ def set_parent_death_signal(number: int) -> None:
 def unshare(flags: int) -> None:
     """unshare(2): leave namespaces for new ones (CLONE_NEW*)."""
     _check(_unshare(flags))
+
+
+def enter_mount_namespace(fd: int) -> None:
+    """setns(2); root and working directory are that namespace's root then."""
+    _check(_setns(fd, _CLONE_NEWNS))
 
 
 def mount(source: str, target: str, kind: str | None, flags: int) -> None:
