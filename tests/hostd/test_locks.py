@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.hostd.guest import DirectGuest, expect_errno
+from tests.support.wait import wait_until
 from vfsmount.hostd.fs.call import Deferred
+from vfsmount.hostd.fs.lockboard import TURN
 from vfsmount.hostd.fs.share import Share, ShareOptions
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import LockType, Opcode, ReleaseFlag
@@ -295,15 +297,132 @@ def test_a_wait_that_tries_again_wakes_nobody(pair: tuple[Process, Process]) -> 
     one.flock(WRITE)
     for guest in (one.guest, two.guest):
         Process(guest, 9).wait(WRITE, flags=fuse.LockFlag.FLOCK)
-    for guest in (one.guest, two.guest):
-        settled(guest)
-    assert settled(one.guest) == settled(two.guest) == []
-    locks = two.guest.session.locks
-    locks._retry_at = 0
-    assert locks.retry() == []
+    one.guest.session.locks.notify()
+    for _ in range(3):
+        for guest in (one.guest, two.guest):
+            assert settled(guest) == []
     for guest in (one.guest, two.guest):
         with pytest.raises(BlockingIOError):
             os.eventfd_read(guest.session.locks.wake_fd)
+
+
+@pytest.fixture
+def third(share: Share, file: Path) -> Iterator[DirectGuest]:
+    """One more guest on the same share."""
+    with DirectGuest(share) as guest:
+        guest.init()
+        yield guest
+
+
+@pytest.mark.parametrize("flags", [0, fuse.LockFlag.FLOCK])
+def test_who_came_first_is_tried_first(
+    pair: tuple[Process, Process], third: DirectGuest, flags: int
+) -> None:
+    one, two = pair
+    three = Process(third, 7)
+    one.lock(WRITE, flags=flags)
+    first, second = two.wait(WRITE, flags=flags), three.wait(READ, flags=flags)
+    one.lock(UNLOCK, flags=flags)
+    assert settled(third) == []  # its thread was faster
+    assert settled(two.guest) == [(first, 0)]
+    assert settled(third) == []
+    two.lock(UNLOCK, flags=flags)
+    assert settled(third) == [(second, 0)]
+
+
+@pytest.mark.parametrize("flags", [0, fuse.LockFlag.FLOCK])
+def test_who_has_its_lock_wakes_the_next(
+    pair: tuple[Process, Process], third: DirectGuest, flags: int
+) -> None:
+    one, two = pair
+    three = Process(third, 7)
+    one.lock(WRITE, flags=flags)
+    first, second = two.wait(READ, flags=flags), three.wait(READ, flags=flags)
+    one.lock(UNLOCK, flags=flags)
+    assert settled(third) == []
+    assert settled(two.guest) == [(first, 0)]
+    assert settled(third) == [(second, 0)]
+
+
+@pytest.mark.parametrize("flags", [0, fuse.LockFlag.FLOCK])
+def test_who_comes_again_does_not_overtake(pair: tuple[Process, Process], flags: int) -> None:
+    one, two = pair
+    one.lock(WRITE, flags=flags)
+    waiting = two.wait(WRITE, flags=flags)
+    one.lock(UNLOCK, flags=flags)
+    again = one.wait(WRITE, flags=flags)
+    assert settled(one.guest) == []
+    assert settled(two.guest) == [(waiting, 0)]
+    two.lock(UNLOCK, flags=flags)
+    assert settled(one.guest) == [(again, 0)]
+
+
+def test_who_cannot_have_its_lock_keeps_nobody_back(
+    pair: tuple[Process, Process], third: DirectGuest
+) -> None:
+    one, two = pair
+    three = Process(third, 7)
+    one.lock(WRITE, 0, 0)
+    two.lock(WRITE, 9, 9)
+    all_of_it = three.wait(WRITE)
+    more = one.wait(WRITE, 9, 9)  # three waits for this one
+    two.lock(UNLOCK, 9, 9)
+    assert settled(one.guest) == []
+    assert settled(third) == []
+    assert settled(one.guest) == [(more, 0)]
+    one.flush()
+    assert settled(third) == [(all_of_it, 0)]
+
+
+def test_in_order_of_arrival_when_the_host_gives_a_lock_up(
+    pair: tuple[Process, Process], file: Path
+) -> None:
+    one, two = pair
+    with file.open("r+b") as mine:
+        fcntl.flock(mine, fcntl.LOCK_EX)
+        first = one.wait(WRITE, flags=fuse.LockFlag.FLOCK)
+        second = two.wait(WRITE, flags=fuse.LockFlag.FLOCK)
+        for _ in range(2):
+            settled(one.guest), settled(two.guest)
+    locks = two.guest.session.locks
+    wait_until(lambda: not locks.patience(), 1, "it to be time for a look")
+    assert locks.retry() == []
+    assert settled(one.guest) == [(first, 0)]
+    assert settled(two.guest) == []
+    one.flock(UNLOCK)
+    assert settled(two.guest) == [(second, 0)]
+
+
+def test_nobody_waits_long_for_the_turn_of_a_guest_that_is_busy(
+    pair: tuple[Process, Process], third: DirectGuest
+) -> None:
+    one, two = pair
+    three = Process(third, 7)
+    one.lock(WRITE)
+    first, second = two.wait(WRITE), three.wait(WRITE)
+    one.lock(UNLOCK)
+    assert settled(third) == []
+    patience = third.session.locks.patience()
+    assert patience is not None
+    assert patience <= TURN
+    assert wait_until(third.session.locks.retry, 1, "its own turn") == [(second, 0)]
+    three.lock(UNLOCK)
+    assert settled(two.guest) == [(first, 0)]
+
+
+def test_a_circle_with_one_that_has_yet_to_be_tried(
+    pair: tuple[Process, Process], third: DirectGuest, folder: Path
+) -> None:
+    (folder / "second").touch()
+    one, two = pair
+    beyond = Process(one.guest, 7, "second")
+    beyond.lock(WRITE)
+    two.lock(WRITE)
+    Process(third, 7, "second").wait(WRITE)
+    beyond.lock(UNLOCK, 9, 9)
+    Process(two.guest, 7, "second").wait(WRITE)  # is put aside at once
+    with expect_errno("EDEADLK"):
+        one.wait(WRITE)
 
 
 def test_an_interrupt_ends_a_wait(pair: tuple[Process, Process]) -> None:

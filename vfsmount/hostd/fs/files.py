@@ -191,8 +191,8 @@ def release(session: Session, call: Call) -> bytes:
     if locks:
         locks.closing(session.files.get(fh), fh)
     session.files.release(fh)
-    if locks.board.waiting:  # for a flock lock of this handle, perhaps
-        locks.board.notify()
+    if locks.board:  # somebody waits, for a flock lock of this handle, perhaps
+        locks.notify()
     return b""
 
 

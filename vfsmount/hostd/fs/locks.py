@@ -10,7 +10,7 @@ another without a table of ours:
 
 Nobody waits in a system call. A wait is the request put aside (``Deferred``) and tried again: when
 anybody on this share gives a lock up, and besides now and then, because a process of the host does
-not tell. An interrupt ends a wait with EINTR.
+not tell; in order of arrival (``lockboard``). An interrupt ends a wait with EINTR.
 
 A guest's locks are used by its own thread, except where a deadlock is searched for: that looks at
 the descriptors of other guests, which are therefore closed under the share's mutex.
@@ -20,24 +20,26 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import math
 import os
 import struct
-import threading
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfsmount.hostd.fs.call import Deferred
+from vfsmount.hostd.fs.lockboard import TURN, Wait
 from vfsmount.wire.fuse import LK_OUT, LockFlag, LockType
 
 if TYPE_CHECKING:
     from vfsmount.hostd.fs.handles import FileHandle, HandleTable
+    from vfsmount.hostd.fs.lockboard import File
     from vfsmount.hostd.fs.session import Session
     from vfsmount.hostd.fs.share import Share
     from vfsmount.wire.fuse import Request
     from vfsmount.wire.fuse_structs import LkIn
 
-__all__ = ["GuestLocks", "LockBoard", "getlk", "interrupt", "setlk", "setlkw"]
+__all__ = ["GuestLocks", "getlk", "interrupt", "setlk", "setlkw"]
 
 #: Largest offset of a file, which stands for "to the end" where a lock ends.
 _OFFSET_MAX: Final = (1 << 63) - 1
@@ -61,9 +63,6 @@ _MAX_EARLY: Final = 64
 #: Waits of one guest. Each takes a place in a ring until it is over, but a guest that breaks the
 #: rules can offer one place again and again. No queue that we know of has more.
 _MAX_WAITS: Final = 1024
-
-#: What tells files apart: ``st_dev`` and ``st_ino``.
-_File = tuple[int, int]
 
 
 class _Owner(NamedTuple):
@@ -90,28 +89,6 @@ class _Found(NamedTuple):
     end: int
 
 
-class LockBoard:
-    """Who waits for a lock on one share.
-
-    Attributes:
-        mutex: Held to begin or end a wait, and to close a descriptor that may have locks.
-        waiting: Guests that have waits.
-    """
-
-    __slots__ = ("mutex", "waiting")
-
-    def __init__(self) -> None:
-        self.mutex = threading.Lock()
-        self.waiting: set[GuestLocks] = set()
-
-    def notify(self) -> None:
-        """A lock has been given up, perhaps: have every guest that waits try again."""
-        if self.waiting:
-            with self.mutex:
-                for locks in self.waiting:
-                    os.eventfd_write(locks.wake_fd, 1)
-
-
 class GuestLocks:
     """The locks of one guest.
 
@@ -120,7 +97,7 @@ class GuestLocks:
         files: The guest's open files.
 
     Attributes:
-        board: Those who wait, of all guests.
+        board: The waits of all guests.
         wake_fd: An eventfd, written to when ``retry`` has something to do.
         waits: Requests put aside, by their ``unique``.
     """
@@ -142,14 +119,14 @@ class GuestLocks:
     def __init__(self, share: Share, files: HandleTable[FileHandle]) -> None:
         self._share = share
         self._files = files
-        self._owners: dict[_File, dict[int, _Owner]] = {}
+        self._owners: dict[File, dict[int, _Owner]] = {}
         self._held = 0
         self._early: dict[int, None] = {}
         self._settled: list[tuple[int, int]] = []
         self._pause = _FIRST_PAUSE
         self._retry_at = 0.0
         self.board = share.locks
-        self.waits: dict[int, LkIn] = {}
+        self.waits: dict[int, Wait] = {}
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def __bool__(self) -> bool:
@@ -176,17 +153,21 @@ class GuestLocks:
     def _take_posix(self, handle: FileHandle, args: LkIn) -> None:
         wanted = _to_host(args)
         file = _file_of(handle)
-        owner = self._owners.get(file, {}).get(args.owner)
-        if args.type == _UNLOCK and (owner is None or _is_whole(args)):
+        if args.type == _UNLOCK and (self.owner_of(file, args.owner) is None or _is_whole(args)):
             self._give_up(file, args.owner)
             return
+        fcntl.fcntl(self._description(handle, file, args), fcntl.F_OFD_SETLK, wanted)
+
+    def _description(self, handle: FileHandle, file: File, args: LkIn) -> int:
+        """Return the descriptor for an owner's locks on a file."""
+        owner = self.owner_of(file, args.owner)
         if owner is None:
             fd = self._open(handle)
             self._held += 1
         else:
             fd = owner.fd
         self._owners.setdefault(file, {})[args.owner] = _Owner(fd, args.fh, args.pid)
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, wanted)
+        return fd
 
     def _open(self, handle: FileHandle) -> int:
         """Open a description for a lock owner: for both kinds of locks, if we may."""
@@ -220,7 +201,7 @@ class GuestLocks:
         """An owner is through with a file: its POSIX locks on it go."""
         self._give_up(_file_of(handle), number)
 
-    def _give_up(self, file: _File, number: int) -> None:
+    def _give_up(self, file: File, number: int) -> None:
         owners = self._owners.get(file, {})
         owner = owners.pop(number, None)
         if not owners:
@@ -240,7 +221,12 @@ class GuestLocks:
             for owner in owners:
                 os.close(owner.fd)
         self._held -= len(owners)
-        self.board.notify()
+        self.notify()
+
+    def notify(self) -> None:
+        """A lock has been given up, perhaps: have those who wait try again."""
+        if self.board:
+            self.board.notify(time.monotonic())
 
     def clear(self) -> None:
         """Give up all locks; whoever waits is answered with EINTR."""
@@ -257,8 +243,20 @@ class GuestLocks:
 
     # --- waiting ---------------------------------------------------------------------------------
 
-    def wait(self, unique: int, args: LkIn) -> None:
+    def must_queue(self, args: LkIn) -> bool:
+        """Whether a request that may wait is not to be tried before others have been."""
+        if not self.board or args.type == _UNLOCK:
+            return False
+        file = _file_of(self._files.get(args.fh))
+        return self.board.is_awaited(file, time.monotonic())
+
+    def wait(self, unique: int, args: LkIn, *, tried: bool) -> None:
         """Put a request aside until it can have its lock.
+
+        Args:
+            unique: Its number.
+            args: What it is for.
+            tried: It cannot have it now.
 
         Raises:
             OSError: EDEADLK: it would wait for somebody who waits for it; EINTR: interrupted
@@ -271,11 +269,16 @@ class GuestLocks:
             raise OSError(errno.EINVAL, "two requests with one number")
         if len(self.waits) >= _MAX_WAITS:
             raise OSError(errno.ENOLCK, "too many waits for locks")
+        handle = self._files.get(args.fh)
+        wait = Wait(self, args, _file_of(handle))
+        posix = not args.lk_flags & _FLOCK
+        if posix:  # a deadlock is searched for with its descriptor
+            self._description(handle, wait.file, args)
         with self.board.mutex:
-            if not args.lk_flags & _FLOCK and self._would_deadlock(args):
+            if posix and self._would_deadlock(wait):
                 raise OSError(errno.EDEADLK, "a circle of locks")
-            self.waits[unique] = args
-            self.board.waiting.add(self)
+            self.waits[unique] = wait
+            self.board.join(wait, tried=tried)
         self._pause = _FIRST_PAUSE
         self._retry_at = time.monotonic() + self._pause
 
@@ -289,10 +292,7 @@ class GuestLocks:
             del self._early[next(iter(self._early))]
 
     def _settle(self, unique: int, number: int) -> None:
-        with self.board.mutex:
-            del self.waits[unique]
-            if not self.waits:
-                self.board.waiting.discard(self)
+        self.board.leave(self.waits.pop(unique))
         self._settled.append((unique, number))
         os.eventfd_write(self.wake_fd, 1)
 
@@ -309,18 +309,30 @@ class GuestLocks:
         """Try again, if it is time to; return the waits that are over, as (unique, errno or 0)."""
         now = time.monotonic()
         if self.waits and now >= self._retry_at:
-            for unique, args in list(self.waits.items()):
-                self._try(unique, args)
-            self._retry_at = now + self._pause
-            self._pause = min(2 * self._pause, _LAST_PAUSE)
+            self._retry(now)
         settled, self._settled = self._settled, []
         return settled
 
-    def _try(self, unique: int, args: LkIn) -> None:
+    def _retry(self, now: float) -> None:
+        """Try those whose turn it is."""
+        patience = math.inf
+        if self._retry_at:  # nobody has woken us: a process of the host may have given something up
+            patience = self._pause
+            self._pause = min(2 * self._pause, _LAST_PAUSE)
+        next_try = self._pause
+        for unique, wait in list(self.waits.items()):
+            number = self.board.turn(wait, now, patience)
+            if number:
+                self._try(unique, wait, number)
+            elif number == 0:
+                next_try = min(next_try, TURN)
+        self._retry_at = now + next_try
+
+    def _try(self, unique: int, wait: Wait, number: int) -> None:
         try:
-            self.take(args)
+            self.take(wait.args)
         except BlockingIOError:
-            return
+            self.board.tried(wait, number)
         except OSError as error:
             self._settle(unique, error.errno or errno.EIO)
         else:
@@ -328,44 +340,41 @@ class GuestLocks:
 
     # --- deadlocks -------------------------------------------------------------------------------
 
-    def _would_deadlock(self, args: LkIn) -> bool:
-        """Whether the wait for a POSIX lock would close a circle of such waits on this share.
+    def _would_deadlock(self, wait: Wait) -> bool:
+        """Whether a wait for a POSIX lock would close a circle of such waits on this share.
 
         Of a lock that several owners share it cannot be told whose it is, so a circle through one
         is not found; neither is one through processes of the host.
         """
-        waits = [(locks, wait) for locks in self.board.waiting for wait in locks.waits.values()]
-        waits = [(locks, wait) for locks, wait in waits if not wait.lk_flags & _FLOCK]
-        blocked: list[tuple[GuestLocks, LkIn]] = [(self, args)]
+        others = [one for one in self.board.waits() if not one.args.lk_flags & _FLOCK]
+        blocked = [wait]
         for _ in range(_MAX_STEPS):
             if not blocked:
                 break
-            locks, wait = blocked.pop()
-            if wait is not args and locks._waits_for(wait, self, args.owner):
+            one = blocked.pop()
+            if one is not wait and _waits_for(one, wait):
                 return True
-            blocking = [one for one in waits if locks._waits_for(wait, one[0], one[1].owner)]
-            waits = [one for one in waits if one not in blocking]
+            blocking = [other for other in others if _waits_for(one, other)]
+            others = [other for other in others if other not in blocking]
             blocked += blocking
         return False
 
-    def _waits_for(self, wait: LkIn, locks: GuestLocks, number: int) -> bool:
-        """Whether it is this owner's lock, and nobody else's, that a wait is for."""
-        try:
-            file = _file_of(self._files.get(wait.fh))
-        except OSError:
-            return False
-        waiting, owner = self.owner_of(file, wait.owner), locks.owner_of(file, number)
-        if waiting is None or owner is None or owner.fd == waiting.fd:
-            return False
-        found = _in_the_way(waiting.fd, wait)
-        return found is not None and _has_alone(owner.fd, found)
-
-    def owner_of(self, file: _File, number: int) -> _Owner | None:
+    def owner_of(self, file: File, number: int) -> _Owner | None:
         """Return an owner's hold on a file."""
         return self._owners.get(file, {}).get(number)
 
 
-def _file_of(handle: FileHandle) -> _File:
+def _waits_for(wait: Wait, other: Wait) -> bool:
+    """Whether it is the lock of another wait's owner, and nobody else's, that a wait is for."""
+    waiting = wait.locks.owner_of(wait.file, wait.args.owner)
+    owner = other.locks.owner_of(wait.file, other.args.owner)
+    if waiting is None or owner is None or owner.fd == waiting.fd:
+        return False
+    found = _in_the_way(waiting.fd, wait.args)
+    return found is not None and _has_alone(owner.fd, found)
+
+
+def _file_of(handle: FileHandle) -> File:
     """Guests agree on this, and so do all mounts that a file can be seen on."""
     found = os.fstat(handle.fd)
     return found.st_dev, found.st_ino
@@ -424,25 +433,26 @@ def getlk(session: Session, request: Request) -> bytes:
 def setlk(session: Session, request: Request) -> bytes:
     """SETLK: take or give up a lock, or EAGAIN."""
     args: LkIn = request.args
-    board = session.locks.board
+    locks = session.locks
     try:
-        session.locks.take(args)
+        locks.take(args)
     except BlockingIOError:
         if args.lk_flags & _FLOCK:  # one that was to be converted has been given up
-            board.notify()
+            locks.notify()
         raise
     if args.type != _WRITE:  # given up, or shared where it was exclusive, perhaps
-        board.notify()
+        locks.notify()
     return b""
 
 
 def setlkw(session: Session, request: Request) -> bytes:
     """SETLKW: the same, but wait."""
-    try:
-        return setlk(session, request)
-    except BlockingIOError:
-        unique = request.header.unique
-    session.locks.wait(unique, request.args)
+    locks, unique = session.locks, request.header.unique
+    tried = not locks.must_queue(request.args)
+    if tried:
+        with suppress(BlockingIOError):
+            return setlk(session, request)
+    locks.wait(unique, request.args, tried=tried)
     raise Deferred(unique)
 
 

@@ -16,7 +16,7 @@ from vfsmount.errors import UsageError
 from vfsmount.hostd import procfd
 from vfsmount.hostd.fs.inodes import MAX_NODE_FDS
 from vfsmount.hostd.fs.keeping import NodeKeeper
-from vfsmount.hostd.fs.locks import LockBoard
+from vfsmount.hostd.fs.lockboard import LockBoard
 from vfsmount.wire.fuse_flags import OpenOutFlag
 
 if TYPE_CHECKING:
