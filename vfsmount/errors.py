@@ -67,6 +67,8 @@ class VfsmountError(Exception):
     def __init__(self, message: str, cure: str = "") -> None:
         super().__init__(message)
         self.cure = cure
+        if cure:
+            self.add_note(cure)  # so that tracebacks show it
 
 
 class UsageError(VfsmountError):
@@ -145,5 +147,7 @@ class RemoteErrno(VfsmountError):
         self.cure = ""
 
     def __str__(self) -> str:
+        # The session asks with members of wire.fuse.Opcode, which know their names.
+        asked = getattr(self.opcode, "name", f"opcode {self.opcode}")
         name = errno_module.errorcode.get(self.errno, str(self.errno))
-        return f"opcode {self.opcode} on node {self.nodeid}: {name} ({os.strerror(self.errno)})"
+        return f"{asked} on node {self.nodeid}: {name} ({os.strerror(self.errno)})"

@@ -18,6 +18,7 @@ from vfsmount.channel.backend_requests import BackendRequestServer
 from vfsmount.channel.device import Channel
 from vfsmount.channel.frontend import DeviceOffer, Frontend
 from vfsmount.channel.memory import GUEST_BASE, SharedMemory
+from vfsmount.channel.nursery import open_helpers
 from vfsmount.channel.options import ChannelOptions
 from vfsmount.channel.rings import DriverQueue
 from vfsmount.channel.shmem import older_handlers, region_size, window_handlers
@@ -96,25 +97,15 @@ async def _connection(
         assert path is not None
         messages = await connect(path, options.connect_timeout)
     frontend = Frontend(messages, options.connect_timeout)
-    caught: BaseException | None = None
     with ExitStack() as closing:
         closing.callback(frontend.close)
-        try:
-            async with trio.open_nursery() as nursery:
-                background = _Background(nursery)
-                background.start(frontend.read_replies)
-                try:
-                    yield _Connection(frontend, background, closing)
-                except BaseException as error:
-                    # Raised again below, outside the nursery, which would wrap it in a group.
-                    caught = error
+        async with open_helpers() as nursery:
+            background = _Background(nursery)
+            background.start(frontend.read_replies)
+            try:
+                yield _Connection(frontend, background, closing)
+            finally:
                 background.stop()
-        except BaseExceptionGroup as group:
-            # Our tasks raise nothing; what came late is a cancellation of the caller.
-            if caught is None or group.split(trio.Cancelled)[1] is not None:
-                raise
-    if caught is not None:
-        raise caught
 
 
 @asynccontextmanager

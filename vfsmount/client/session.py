@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import trio
 
 from vfsmount.channel import ChannelOptions, open_channel
+from vfsmount.channel.nursery import open_helpers
 from vfsmount.client.dax import Dax
 from vfsmount.dax_shm.window import Window
 from vfsmount.errors import (
@@ -170,11 +171,12 @@ async def connect(
     Raises:
         ConnectError: Nobody there.
         HandshakeError: The peer does not speak vhost-user or FUSE as we can.
+        Exception: What the body raises, as it is: never in an exception group.
     """
     window = Window(dax) if dax else None
     async with (
         open_channel(path, options or ChannelOptions(), sock=sock, window=window) as channel,
-        trio.open_nursery() as nursery,
+        open_helpers() as nursery,
     ):
         session = Session(channel, nursery)
         await session._start(GUEST_FLAGS | extra_flags, window)
@@ -183,7 +185,6 @@ async def connect(
         finally:
             with trio.CancelScope(deadline=trio.current_time() + DESTROY_PATIENCE, shield=True):
                 await session._destroy()
-        nursery.cancel_scope.cancel()
 
 
 class Session:
