@@ -133,6 +133,25 @@ async def test_a_file_without_a_name_is_stale_once() -> None:
         assert Opcode.RELEASE in host.seen
 
 
+async def test_the_handle_to_give_back_is_the_one_that_was_answered() -> None:
+    """The device can write to its reply as long as it likes; it was read when it came."""
+    host = Host()
+    host.attr = host.attr._replace(nlink=0)
+    host.keep = {int(Opcode.OPEN), int(Opcode.GETATTR), int(Opcode.RELEASE)}
+    async with on_stage(host) as stage:
+        unique = stage.send(Opcode.OPEN, NODE, OPEN)
+        await wait_until_async(lambda: len(host.kept) == 2, 5, "the open and its check")
+        check, opened = sorted(host.kept, key=lambda request: request.header.opcode)
+        host.answer(opened)
+        await stage.call(Opcode.STATFS)  # by now that reply has been seen
+        opened.write(fuse.OUT_HEADER.values(32, 0, unique) + fuse.OPEN_OUT.values(9, 0, 0))
+        host.answer(check)
+        assert (await stage.receive()).errno == errno.ESTALE
+        await wait_until_async(lambda: len(host.kept) == 3, 5, "the handle to be released")
+        assert fuse.RELEASE_IN.unpack(host.kept[2].body).fh == 3
+        host.answer(host.kept[2])
+
+
 async def test_truncation_needs_no_check() -> None:
     host = Host()
     async with on_stage(host, AUTO) as stage:

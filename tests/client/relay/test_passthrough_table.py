@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vfsmount.client.relay import passthrough
+from vfsmount.client.relay import passed_nodes, passthrough
 from vfsmount.client.relay.opens import OpenCheck
 from vfsmount.client.relay.passthrough import Passthrough
 from vfsmount.wire.fuse import Opcode, OpenOutFlag
@@ -56,6 +56,7 @@ class Stage:
         )
         files = SimpleNamespace(open=self.register, close=self.opened.remove)
         self.table = Passthrough(cast("Any", loan), cast("Any", window), cast("Any", files), 0)
+        self.nodes, self.set_ups = self.table.nodes, self.table.set_ups
         self.handle = 0
 
     def submit(self, pending: Pending, *, kick: bool = True) -> bool:
@@ -68,7 +69,11 @@ class Stage:
             return None
         return os.open(self.files[nodeid], os.O_RDWR if writable else os.O_RDONLY)
 
-    def register(self, fd: int) -> int:
+    def check_invariants(self) -> None:
+        self.nodes.check_invariants()
+        self.set_ups.check_invariants()
+
+    def register(self, fd: int, *, writable: bool) -> int:
         assert os.get_inheritable(fd) is False
         if self.refusal:
             raise OSError(self.refusal, "refused")
@@ -86,7 +91,7 @@ class Stage:
                 pending.errno = errno.EROFS if self.readonly and flags & 1 else 0
                 self.mapped[moffset] = (pending.nodeid, bool(flags & 1))
             ready += self.table.learned(pending)
-            self.table.check_invariants()
+            self.check_invariants()
         return ready
 
     def begin(self, nodeid: int, flags: int) -> Slot:
@@ -103,8 +108,10 @@ class Stage:
         """Return errno, handle, flags and id."""
         self.handle += 1
         struct.pack_into("<QIi", self.memory, REPLY, self.handle, OpenOutFlag.KEEP_CACHE, 0)
+        assert slot.check is not None
+        slot.check.reply = bytes(self.memory[REPLY : REPLY + 16])
         error = self.table.decide(slot)
-        self.table.check_invariants()
+        self.check_invariants()
         return (error, *struct.unpack_from("<QIi", self.memory, REPLY))
 
     def open(self, nodeid: int, flags: int = os.O_RDONLY) -> tuple[int, int, int, int]:
@@ -121,7 +128,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
         stage.files[nodeid].write_bytes(b"content")
     yield stage
     stage.serve()
-    stage.table.check_invariants()
+    stage.check_invariants()
 
 
 def test_all_opens_of_a_file_share_one_id(stage: Stage) -> None:
@@ -132,12 +139,12 @@ def test_all_opens_of_a_file_share_one_id(stage: Stage) -> None:
 
 def test_the_id_outlives_the_last_handle_but_not_the_node(stage: Stage) -> None:
     _, handle, _, number = stage.open(2)
-    stage.table.released(handle)
+    stage.nodes.released(handle)
     _, handle, _, again = stage.open(2)
     assert again == number
-    stage.table.forget(2)
+    stage.nodes.forget(2)
     assert stage.opened == {number}  # still open
-    stage.table.released(handle)
+    stage.nodes.released(handle)
     assert stage.opened == set()
     assert stage.open(2)[3] == number + 1
 
@@ -163,16 +170,16 @@ def test_a_writer_alone_goes_by_message_where_none_is_given(stage: Stage) -> Non
     error, handle, flags, _ = stage.open(2, os.O_WRONLY)
     assert (error, flags & PASSED) == (0, 0)
     assert stage.open(2)[2] & PASSED == 0  # and so do all others meanwhile
-    stage.table.released(handle)
-    stage.table.released(handle + 1)
+    stage.nodes.released(handle)
+    stage.nodes.released(handle + 1)
     assert stage.open(2)[2] == PASSED
 
 
 def test_more_rights_are_asked_for_and_the_id_stays(stage: Stage) -> None:
     _, _, _, number = stage.open(2)
     assert stage.open(2, os.O_RDWR) == (0, 2, PASSED, number)
-    assert stage.table.is_writer(2)
-    assert not stage.table.is_writer(1)
+    assert stage.nodes.is_writer(2)
+    assert not stage.nodes.is_writer(1)
     assert stage.opened == {number}
 
 
@@ -185,20 +192,20 @@ def test_the_daemon_lets_go_of_files_for_writing_soon(stage: Stage) -> None:
         stage.mapped[moffset] = (pending.nodeid, pending.nodeid == 3)
         stage.table.learned(pending)
     assert stage.sent == []
-    (until,) = stage.table.lingering.values()
-    stage.table.let_go(until - 1)
+    (until,) = stage.set_ups.lingering.values()
+    stage.set_ups.let_go(until - 1)
     assert stage.sent == []
-    stage.table.let_go(until)
+    stage.set_ups.let_go(until)
     (removal,) = stage.sent
     assert removal.opcode == Opcode.REMOVEMAPPING
     gone = struct.unpack_from("<Q", removal.body, 4)[0]
     assert stage.mapped[gone] == (3, True)
-    assert stage.table.is_untidy()
+    assert stage.set_ups.untidy
     stage.serve()
-    stage.table.tidy()
+    stage.set_ups.tidy()
     assert [one.opcode for one in stage.sent] == [Opcode.REMOVEMAPPING]
     stage.serve()
-    assert not stage.table.is_untidy()
+    assert not stage.set_ups.untidy
     assert [stage.answer(slot)[2] for slot in (reader, writer)] == [PASSED, PASSED]
 
 
@@ -206,15 +213,15 @@ def test_the_next_file_takes_the_place_of_one_for_writing(stage: Stage) -> None:
     """And so the daemon lets go of it without a message; not if it refuses the next."""
     stage.open(2, os.O_RDWR)
     stage.open(3)
-    assert not stage.table.lingering
+    assert not stage.set_ups.lingering
     stage.open(4, os.O_RDWR)
     stage.readonly = True
     stage.open(5, os.O_RDWR)
-    assert stage.table.lingering
-    stage.table.let_go(1 << 63)
+    assert stage.set_ups.lingering
+    stage.set_ups.let_go(1 << 63)
     assert [one.opcode for one in stage.sent] == [Opcode.REMOVEMAPPING]
     stage.serve()
-    assert not stage.table.lingering
+    assert not stage.set_ups.lingering
 
 
 def test_another_file_for_the_same_node_is_refused(stage: Stage) -> None:
@@ -225,8 +232,8 @@ def test_another_file_for_the_same_node_is_refused(stage: Stage) -> None:
 
 def test_pages_of_a_file_that_was_passed_through_are_not_kept(stage: Stage) -> None:
     _, handle, _, _ = stage.open(2)
-    stage.table.released(handle)
-    stage.table.forget(3)
+    stage.nodes.released(handle)
+    stage.nodes.forget(3)
     stage.readonly = True
     assert stage.open(2, os.O_WRONLY)[2] == 0
     assert stage.open(4, os.O_WRONLY)[2] == OpenOutFlag.KEEP_CACHE
@@ -237,9 +244,9 @@ def test_set_id_bits_are_the_daemon_s_business(stage: Stage) -> None:
     assert stage.open(2, os.O_WRONLY)[2] & PASSED == 0
     _, handle, flags, _ = stage.open(3, os.O_WRONLY)
     assert flags == PASSED
-    stage.table.released(handle)
+    stage.nodes.released(handle)
     stage.files[3].chmod(0o6755)
-    stage.table.has_set_id(3)
+    stage.nodes.has_set_id(3)
     assert stage.open(3, os.O_WRONLY)[2] & PASSED == 0
     assert stage.table.facts()["refusals"] == 0
 
@@ -258,12 +265,31 @@ def test_it_gives_up_where_nothing_can_be_had(
 
 
 def test_no_more_ids_are_kept_than_agreed(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passthrough, "_KEPT", 3)
+    monkeypatch.setattr(passed_nodes, "_KEPT", 3)
     for nodeid in range(2, 8):
-        stage.table.released(stage.open(nodeid)[1])
+        stage.nodes.released(stage.open(nodeid)[1])
     assert len(stage.opened) == 3
     assert stage.open(7)[3] in stage.opened
     assert stage.open(2)[2] == PASSED
+
+
+def test_what_the_daemon_changes_later_is_not_read(stage: Stage) -> None:
+    """It can write to the reply as long as it likes; the handle was read before."""
+    _, other, _, _ = stage.open(3)
+    slot = stage.begin(2, os.O_RDONLY)
+    stage.serve()
+    stage.handle += 1
+    struct.pack_into("<QIi", stage.memory, REPLY, stage.handle, 0, 0)
+    assert slot.check is not None
+    slot.check.reply = bytes(stage.memory[REPLY : REPLY + 16])
+    struct.pack_into("<Q", stage.memory, REPLY, other)
+    assert stage.table.decide(slot) == 0
+    assert struct.unpack_from("<Q", stage.memory, REPLY) == (stage.handle,)
+    struct.pack_into("<Q", stage.memory, REPLY, other)
+    stage.table.taken_back(slot.check)
+    stage.check_invariants()
+    assert not stage.nodes.is_passed(2)
+    assert stage.nodes.is_passed(3)
 
 
 STEPS = st.lists(
@@ -287,16 +313,16 @@ def test_any_order(steps: list[tuple[str, int, bool]]) -> None:
         elif what == "d":
             stage.readonly = choice
         elif what == "r" and handles:
-            stage.table.released(handles.pop(0 if choice else -1)[0])
+            stage.nodes.released(handles.pop(0 if choice else -1)[0])
         elif what == "f" and all(one != nodeid for _, one in handles):
-            stage.table.forget(nodeid)
+            stage.nodes.forget(nodeid)
         for slot in [one for one in begun if one.check is not None and one.check.is_ready()]:
             begun.remove(slot)
             error, handle, flags, number = stage.answer(slot)
             if not error:
                 handles.append((handle, slot.nodeid))
                 assert (number in stage.opened) == bool(flags & PASSED)
-        stage.table.check_invariants()
+        stage.check_invariants()
     stage.serve()
     assert all(
         one.check is not None and one.check.is_ready() for one in begun

@@ -60,12 +60,28 @@ class BackingFiles:
     def __init__(self, device: int) -> None:
         self._device = device
 
-    def open(self, fd: int) -> int:
+    def open(self, fd: int, *, writable: bool = False) -> int:
         """Register a file; return its id. The descriptor stays the caller's and may be closed.
+
+        Args:
+            fd: The file.
+            writable: It may be written to; a read-only descriptor takes its place, if there is one.
 
         Raises:
             OSError: EPERM; ELOOP: its file system is stacked; EINVAL: no regular file; others.
         """
+        if not writable:
+            return self._register(fd)
+        try:
+            reading = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # no /proc, or a file that may only be written to
+            return self._register(fd)
+        try:
+            return self._register(reading)
+        finally:
+            os.close(reading)
+
+    def _register(self, fd: int) -> int:
         # A buffer that may be changed, because only then ioctl() returns the system call's result.
         argument = bytearray(_BACKING_MAP.pack(fd, 0, 0))
         backing_id: int = fcntl.ioctl(self._device, FUSE_DEV_IOC_BACKING_OPEN, argument)

@@ -13,7 +13,8 @@ on the way is listed in ``rewrite``. This file has the loop; what it joins:
     late, undo, interrupts  requests answered before their time
     listings                listings of what the kernel knows
     opens                   what goes with an OPEN: the check in mode ``auto``, and
-    passthrough, backing    backing files, with which the kernel reads and writes by itself
+    passthrough             opens that the kernel reads and writes by itself: which; with
+    passed_nodes, set_ups, backing    who uses what; what the daemon and the kernel are asked
     memory                  what is remembered so that a write needs no question
     slots, rooms            where messages lie, and how much room they get
     orders, ending          what other threads say; the end
@@ -262,15 +263,15 @@ class Relay:
         ring, yield_cpu, now_ns = self._queue.ring, os.sched_yield, perf_counter_ns
         has_used, collect, read, loan = ring.has_used, self._collect, self._read, self._loan
         orders, device, look = self._orders, self._device, self._kernel.look
-        passthrough = self._passthrough
+        set_ups = None if self._passthrough is None else self._passthrough.set_ups
         found = False
         since = 0  # when the present search for something to do began; 0 while there is some
         while not orders.given:
-            if passthrough is not None:
-                if passthrough.is_asking():
+            if set_ups is not None:
+                if set_ups.asked:
                     self._serve_asked()
-                if passthrough.lingering:
-                    passthrough.let_go(now_ns())
+                if set_ups.lingering:
+                    set_ups.let_go(now_ns())
             if found or has_used():
                 collect()
                 since = 0
@@ -307,7 +308,7 @@ class Relay:
         if ring.outstanding and ring.arm():
             return
         watch = self._replies if self._spare_slot() is None else self._all
-        lingering = self._passthrough is not None and bool(self._passthrough.lingering)
+        lingering = self._passthrough is not None and bool(self._passthrough.set_ups.lingering)
         events = watch.poll(_LINGER_SECONDS if lingering else self._timeout())
         ring.disarm()
         self._asleep = True
@@ -354,7 +355,7 @@ class Relay:
             return LOOK_SECONDS  # to have the buffers of FORGETs back; the device does not call
         if self._queue.ring.outstanding:
             return self._loan.watchdog.interval
-        untidy = self._passthrough is not None and self._passthrough.is_untidy()
+        untidy = self._passthrough is not None and self._passthrough.set_ups.untidy
         return _TRIM_SECONDS if untidy or self._pool.is_bloated(_KEEP) else None
 
     def _look_after(self, *, idle: bool) -> None:
@@ -372,7 +373,7 @@ class Relay:
         if idle and not self._queue.ring.outstanding and self._pool.is_bloated(_KEEP):
             self._pool.trim()
         if idle and self._passthrough is not None:
-            self._passthrough.tidy()
+            self._passthrough.set_ups.tidy()
 
     # --- requests --------------------------------------------------------------------------------
 

@@ -76,13 +76,16 @@ class OpenCheck:
         is_checked: There is to be a GETATTR.
         nodeid: Whose; 0 as long as nobody knows.
         body: The GETATTR's ``fuse_attr_out``; None when there is none.
+        reply: The body of the OPEN's reply, read once: node and handle are taken from here, because
+            the daemon can still write to shared memory.
+        fh: The handle, once it is counted as open; only with ``passthrough``.
         version: Changes begun when it was sent, or -1 when some were on their way.
         sent: When, clock seconds.
     """
 
     __slots__ = (
-        "asked", "body", "is_checked", "nodeid", "pending", "replied", "sent", "version", "waits",
-        "wants",
+        "asked", "body", "fh", "is_checked", "nodeid", "pending", "replied", "reply", "sent",
+        "version", "waits", "wants",
     )  # fmt: skip
 
     def __init__(self, version: int = -1, sent: float = 0.0) -> None:
@@ -91,6 +94,8 @@ class OpenCheck:
         self.replied = self.waits = self.asked = False
         self.nodeid = self.wants = 0
         self.body: bytes | None = None
+        self.reply = b""
+        self.fh: int | None = None
         self.version = version
         self.sent = sent
 
@@ -181,8 +186,10 @@ class OpenChecks:
         check = slot.check
         assert check is not None
         check.replied = True
+        if not slot.errno:
+            check.reply = self._map[slot.data_at : slot.data_at + slot.length]
         if self.passthrough is not None and slot.opcode in CREATES:
-            self.passthrough.created(slot)
+            self.passthrough.created(check)
         return self._is_ready(slot, check)
 
     def _is_ready(self, slot: Slot, check: OpenCheck) -> bool:
@@ -229,18 +236,15 @@ class OpenChecks:
         if self.passthrough is None:
             return 0
         error = self.passthrough.decide(slot)
-        if (
-            self._parked
-            and slot.check is not None
-            and self.passthrough.is_passed(slot.check.nodeid)
-        ):
-            self._parked.pop(slot.check.nodeid, None)
+        check = slot.check
+        if self._parked and check is not None and self.passthrough.nodes.is_passed(check.nodeid):
+            self._parked.pop(check.nodeid, None)
         return error
 
     def refused(self, slot: Slot) -> None:
         """The kernel has not taken an open's answer after all."""
-        if self.passthrough is not None:
-            self.passthrough.taken_back(slot)
+        if self.passthrough is not None and slot.check is not None:
+            self.passthrough.taken_back(slot.check)
 
     # --- what is known ---
 

@@ -261,7 +261,7 @@ class RequestRules:
         self._locked.discard(nodeid)
         self._opens.forget(nodeid)
         if self.passthrough is not None:
-            self.passthrough.forget(nodeid)
+            self.passthrough.nodes.forget(nodeid)
         self._device.forget(nodeid, nlookup)
 
     def _forget(self, _slot: Slot, at: int, _size: int, nodeid: int) -> bool:
@@ -301,7 +301,9 @@ class RequestRules:
 
     def _flush_passed(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
         """FLUSH where the kernel writes by itself, perhaps through a mapping, unseen."""
-        if self.passthrough is None or not self.passthrough.is_writer(_U64(self._map, at + _IN)[0]):
+        if self.passthrough is None or not self.passthrough.nodes.is_writer(
+            _U64(self._map, at + _IN)[0]
+        ):
             return self._flush(slot, at, size, nodeid)
         with suppress(OSError):  # forgotten meanwhile
             self._kernel.write(invalidation(nodeid))
@@ -354,12 +356,12 @@ class RequestRules:
     def _note_mode(self, _slot: Slot, at: int, _size: int, nodeid: int) -> bool:
         mode = _U32(self._map, at + _IN + _MODE_AT)[0]
         if self.passthrough is not None and mode & _SET_ID and _U32(self._map, at + _IN)[0] & _MODE:
-            self.passthrough.has_set_id(nodeid)
+            self.passthrough.nodes.has_set_id(nodeid)
         return False
 
     def _post_passed(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
         if self.passthrough is not None:
-            self.passthrough.released(_U64(self._map, at + _IN)[0])
+            self.passthrough.nodes.released(_U64(self._map, at + _IN)[0])
         return self._post(slot, at, size, nodeid)
 
     def _note_write(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
