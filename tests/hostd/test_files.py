@@ -277,13 +277,28 @@ def test_tmpfile(guest: DirectGuest, folder: Path) -> None:
 # --- what a handle can do -------------------------------------------------------------------------
 
 
-def test_flush_and_fsync(guest: DirectGuest, file: Path) -> None:
+def test_flush_and_syncfs(guest: DirectGuest, file: Path) -> None:
     fh = guest.open(guest.walk("file"), os.O_RDWR)
 
     guest.call(Opcode.FLUSH, 0, fuse.FLUSH_IN.values(fh, 0))
-    guest.call(Opcode.FSYNC, 0, fuse.FSYNC_IN.values(fh, 0))
-    guest.call(Opcode.FSYNC, 0, fuse.FSYNC_IN.values(fh, 1))
     guest.call(Opcode.SYNCFS, ROOT, fuse.SYNCFS_IN.values(0))
+
+
+def test_what_is_made_durable(
+    guest: DirectGuest, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda fd, name=name: done.append(f"{name} {os.stat(fd)[1]}"))
+    fh, folder_fh = guest.open(guest.walk("file"), os.O_RDWR), guest.opendir()
+
+    for opcode, handle, inode in (
+        (Opcode.FSYNC, fh, file.stat().st_ino),
+        (Opcode.FSYNCDIR, folder_fh, file.parent.stat().st_ino),
+    ):
+        for flags in (0, 1):
+            guest.call(opcode, ROOT, fuse.FSYNC_IN.values(handle, flags))
+        assert done[-2:] == [f"fsync {inode}", f"fdatasync {inode}"]
 
 
 def test_fallocate(guest: DirectGuest, file: Path) -> None:

@@ -205,12 +205,6 @@ def test_opendir_of_a_file(guest: DirectGuest, folder: Path) -> None:
             guest.opendir(guest.walk(name))
 
 
-def test_fsyncdir(guest: DirectGuest) -> None:
-    fh = guest.opendir()
-    for flags in (0, 1):
-        guest.call(Opcode.FSYNCDIR, ROOT, fuse.FSYNC_IN.values(fh, flags))
-
-
 def test_no_name_is_lost_when_descriptors_run_out(guest: DirectGuest, folder: Path) -> None:
     for number in range(100):
         (folder / str(number)).touch()

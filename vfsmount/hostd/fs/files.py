@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.hostd import syscalls
 from vfsmount.hostd.fs.call import HEADER_SIZE, REPLY_SIZE, window
-from vfsmount.hostd.fs.handles import FileHandle
+from vfsmount.hostd.fs.handles import FileHandle, make_durable
 from vfsmount.hostd.fs.names import check_name
 from vfsmount.hostd.fs.session import MAX_PAGES, MAX_WRITE
 from vfsmount.wire.fuse import (
@@ -22,7 +22,6 @@ from vfsmount.wire.fuse import (
     LSEEK_OUT,
     OPEN_OUT,
     WRITE_OUT,
-    FsyncFlag,
     OpenInFlag,
     WriteFlag,
 )
@@ -67,7 +66,6 @@ _KILL_ON_OPEN = int(OpenInFlag.KILL_SUIDGID)
 _KILL_ON_WRITE = int(WriteFlag.KILL_SUIDGID)
 #: The guest's own pages, as MAP_SHARED leaves them.
 _PAGES = int(WriteFlag.CACHE)
-_FDATASYNC = int(FsyncFlag.FDATASYNC)
 
 #: MAX_PAGES of 64 KiB, the largest pages that guests have. Buffers may overlap, so the memory that
 #: a guest has is no limit, and a read of gigabytes keeps its thread for seconds.
@@ -270,11 +268,7 @@ def flush(session: Session, call: Call) -> bytes:
 
 def fsync(session: Session, request: Request) -> bytes:
     """FSYNC: make a file durable, or only its contents."""
-    fd = session.files.get(request.args.fh).fd
-    if request.args.fsync_flags & _FDATASYNC:
-        os.fdatasync(fd)
-    else:
-        os.fsync(fd)
+    make_durable(session.files.get(request.args.fh).fd, request)
     return b""
 
 

@@ -10,10 +10,15 @@ import errno
 import os
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from vfsmount.wire.fuse import FsyncFlag
+
 if TYPE_CHECKING:
     from vfsmount.hostd.fs.inodes import Inode, InodeTable
+    from vfsmount.wire.fuse import Request
 
-__all__ = ["FileHandle", "HandleTable"]
+__all__ = ["FileHandle", "HandleTable", "make_durable"]
+
+_FDATASYNC = int(FsyncFlag.FDATASYNC)
 
 
 class _Handle(Protocol):
@@ -105,3 +110,11 @@ class HandleTable(Generic[H]):
         for handle in handles.values():
             self._inodes.unpin(handle.inode)
             os.close(handle.fd)
+
+
+def make_durable(fd: int, request: Request) -> None:
+    """Carry out an FSYNC or FSYNCDIR on the handle's descriptor."""
+    if request.args.fsync_flags & _FDATASYNC:
+        os.fdatasync(fd)
+    else:
+        os.fsync(fd)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfsmount.hostd import syscalls
 from vfsmount.hostd.fs.attributes import dirent, direntplus, direntplus_unknown
-from vfsmount.wire.fuse import DIRENT, ENTRY_OUT, FsyncFlag
+from vfsmount.hostd.fs.handles import make_durable
+from vfsmount.wire.fuse import DIRENT, ENTRY_OUT
 from vfsmount.wire.fuse_structs import OPEN_OUT
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ _DIRENT64: Final = struct.Struct("<QQHB")
 
 _DIR_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY
 _DOTS: Final = frozenset((b".", b".."))
-_FDATASYNC = int(FsyncFlag.FDATASYNC)
 _PLUS_SIZE: Final = ENTRY_OUT.size + DIRENT.size
 
 
@@ -118,11 +118,7 @@ def releasedir(session: Session, request: Request) -> bytes:
 
 def fsyncdir(session: Session, request: Request) -> bytes:
     """FSYNCDIR: make the directory's entries durable."""
-    fd = session.dirs.get(request.args.fh).fd
-    if request.args.fsync_flags & _FDATASYNC:
-        os.fdatasync(fd)
-    else:
-        os.fsync(fd)
+    make_durable(session.dirs.get(request.args.fh).fd, request)
     return b""
 
 
