@@ -72,10 +72,7 @@ class NodeKeeper:
 
     def make(self, fd: int) -> bytes:
         """Return what to keep instead of an O_PATH descriptor."""
-        try:
-            handle, mount_id = syscalls.name_to_handle_at(fd)
-        except OSError:
-            handle, mount_id = b"", -1
+        handle, mount_id = _handle_of(fd)
         if self.by_handle and mount_id == self._mount_id:
             return _BY_HANDLE + handle
         mark = _mark(fd, handle)
@@ -103,10 +100,7 @@ class NodeKeeper:
 
     def is_same(self, kept: bytes, fd: int) -> bool:
         """Whether an O_PATH descriptor names what was kept."""
-        try:
-            handle, mount_id = syscalls.name_to_handle_at(fd)
-        except OSError:
-            handle, mount_id = b"", -1
+        handle, mount_id = _handle_of(fd)
         if not kept.startswith(_BY_PATH):
             return kept[1:] == handle and mount_id == self._mount_id
         return kept[2 : 2 + kept[1]] == _mark(fd, handle)
@@ -135,6 +129,14 @@ class NodeKeeper:
         except OSError:
             return b""
         return path[len(root) :] if path.startswith(root) else b""
+
+
+def _handle_of(fd: int) -> tuple[bytes, int]:
+    """The file handle, empty where there are none, and the id of the mount that it opens on."""
+    try:
+        return syscalls.name_to_handle_at(fd)
+    except OSError:
+        return b"", -1
 
 
 def _mark(fd: int, handle: bytes) -> bytes:
