@@ -62,9 +62,12 @@ class Codec(Generic[R]):
         try:
             fields = self._struct.unpack_from(buffer, offset)
         except struct.error:
-            left = max(memoryview(buffer).nbytes - offset, 0)
-            raise WireError(f"{self.name} needs {self.size} bytes, {left} are left") from None
+            raise self._too_short(buffer, offset) from None
         return cast("R", self._make(fields))
+
+    def _too_short(self, buffer: Buffer, offset: int) -> WireError:
+        left = max(memoryview(buffer).nbytes - offset, 0)
+        return WireError(f"{self.name} needs {self.size} bytes, {left} are left")
 
 
 class NestedCodec(Codec[R]):
@@ -99,7 +102,6 @@ class NestedCodec(Codec[R]):
         try:
             fields = self._struct.unpack_from(buffer, offset)
         except struct.error:
-            left = max(memoryview(buffer).nbytes - offset, 0)
-            raise WireError(f"{self.name} needs {self.size} bytes, {left} are left") from None
+            raise self._too_short(buffer, offset) from None
         head = self._head
         return cast("R", self._make((*fields[:head], self._inner_make(fields[head:]))))
