@@ -164,10 +164,9 @@ def _serve(words: list[str]) -> int:
 
 
 def _umount(words: list[str]) -> int:
-    given = parse(words, UMOUNT_GROUPS, "vfsmount umount")
-    if given.values.get("help"):
-        intro = "Unmounts, and waits until everything written is with the host."
-        print(render_help(("vfsmount umount MNT [option...]",), intro, UMOUNT_GROUPS), end="")
+    intro = "Unmounts, and waits until everything written is with the host."
+    given = _given(words, "umount", "MNT [option...]", intro, UMOUNT_GROUPS)
+    if given is None:
         return ExitCode.OK
 
     from vfsmount.client.mount.umount import run_umount
@@ -177,10 +176,9 @@ def _umount(words: list[str]) -> int:
 
 
 def _status(words: list[str]) -> int:
-    given = parse(words, STATUS_GROUPS, "vfsmount status")
-    if given.values.get("help"):
-        intro = "Shows what a mount is doing. Never touches the mount, so it works when that hangs."
-        print(render_help(("vfsmount status MNT [--json]",), intro, STATUS_GROUPS), end="")
+    intro = "Shows what a mount is doing. Never touches the mount, so it works when that hangs."
+    given = _given(words, "status", "MNT [--json]", intro, STATUS_GROUPS)
+    if given is None:
         return ExitCode.OK
 
     from vfsmount.client.mount.status import format_status, read_status
@@ -191,14 +189,12 @@ def _status(words: list[str]) -> int:
 
 
 def _probe(words: list[str]) -> int:
-    given = parse(words, PROBE_GROUPS, "vfsmount probe")
-    if given.values.get("help"):
-        intro = (
-            "Connects to a daemon, shows what it offers, and leaves without mounting. A daemon\n"
-            "that serves a single connection (virtiofsd) ends after that."
-        )
-        usage = ("vfsmount probe --socket PATH [--json]",)
-        print(render_help(usage, intro, PROBE_GROUPS), end="")
+    intro = (
+        "Connects to a daemon, shows what it offers, and leaves without mounting. A daemon\n"
+        "that serves a single connection (virtiofsd) ends after that."
+    )
+    given = _given(words, "probe", "--socket PATH [--json]", intro, PROBE_GROUPS)
+    if given is None:
         return ExitCode.OK
     socket = given.values.get("socket")
     if given.operands or not socket:
@@ -208,6 +204,18 @@ def _probe(words: list[str]) -> int:
 
     _print_document(run_probe(socket), format_probe, as_json="json" in given.values)
     return ExitCode.OK
+
+
+def _given(
+    words: list[str], name: str, operands: str, intro: str, groups: Sequence[Group]
+) -> Arguments | None:
+    """Read the words of a command; None when they ask for its help, which is shown."""
+    command = f"vfsmount {name}"
+    given = parse(words, groups, command)
+    if given.values.get("help"):
+        print(render_help((f"{command} {operands}",), intro, groups), end="")
+        return None
+    return given
 
 
 def _one_mountpoint(given: Arguments) -> str:
