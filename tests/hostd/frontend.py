@@ -30,7 +30,6 @@ from vfsmount.wire.vring import need_event
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from types import TracebackType
 
     from vfsmount.hostd.fs.share import Share
 
@@ -125,12 +124,7 @@ class Frontend(Guest):
     def __enter__(self) -> Frontend:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # --- messages --------------------------------------------------------------------------------

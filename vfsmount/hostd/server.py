@@ -20,14 +20,11 @@ import stat
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from vfsmount.errors import UsageError
 from vfsmount.hostd.connection import Connection
 from vfsmount.hostd.fs.share import Share, ShareOptions
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = ["DEFAULT_POLL_US", "Server", "SocketFile", "listen", "listen_on_fd", "serve"]
 
@@ -212,12 +209,7 @@ class Server:
     def __enter__(self) -> Server:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _accept(self) -> None:

@@ -20,8 +20,6 @@ from vfsmount.hostd.fs.lockboard import LockBoard
 from vfsmount.wire.fuse_flags import OpenOutFlag
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from vfsmount.hostd.fs.idmap import Translation
     from vfsmount.hostd.fs.xattrmap import XattrMap
 
@@ -221,10 +219,5 @@ class Share:
     def __enter__(self) -> Share:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
