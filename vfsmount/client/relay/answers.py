@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from vfsmount.channel.statistics import OpcodeCounter
 from vfsmount.client.relay.listings import names_as_plus
 from vfsmount.client.relay.opens import invalidation
-from vfsmount.client.relay.rewrite import ShortWriteBack, negative_entry
+from vfsmount.client.relay.rewrite import FailsHere, negative_entry
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import Opcode
 
@@ -105,9 +105,9 @@ class Answers:
         if rewrite is not None:
             try:
                 rewrite(self._map, at, length, slot.nodeid, slot.at)
-            except ShortWriteBack:
-                # The daemon does not say why: at the end of the room, nearly always.
-                self._kernel.answer(slot.answers, errno.ENOSPC)
+            except FailsHere as failure:
+                slot.errno = failure.errno
+                self._answer_error(slot)
                 return
         if slot.check is not None and not self._may_open(slot):
             return
@@ -163,6 +163,8 @@ class Answers:
 
     def _answer_error(self, slot: Slot) -> None:
         number = slot.errno
+        if slot.route.failed is not None and slot.route.failed(slot, number):
+            return
         if number == errno.ENOENT and slot.opcode == _LOOKUP and self._negative is not None:
             self._kernel.answer_body(slot.answers, self._negative)
             return

@@ -13,6 +13,7 @@ from vfsmount.channel.inflight import ABANDONED
 from vfsmount.client.relay.interrupts import Interrupts
 from vfsmount.client.relay.undo import undo_late_reply
 from vfsmount.wire import fuse
+from vfsmount.wire.fuse import Opcode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +29,8 @@ _IN: Final = fuse.IN_HEADER.size
 _LK_IN: Final = fuse.LK_IN.size
 _PID: Final = struct.Struct("<I").unpack_from
 _PID_AT: Final = 32
+_FH: Final = struct.Struct("<Q").unpack_from  # release_in
+_RELEASE: Final = int(Opcode.RELEASE)
 
 
 class LateReplies:
@@ -38,12 +41,13 @@ class LateReplies:
         kernel: Answers callers.
         device: Sends what undoes.
         forget: Gives references to a node back.
+        released: Is told of handles that are given back.
 
     Attributes:
         interrupts: Who was interrupted.
     """
 
-    __slots__ = ("_device", "_forget", "_kernel", "_loan", "_map", "interrupts")
+    __slots__ = ("_device", "_forget", "_kernel", "_loan", "_map", "_released", "interrupts")
 
     def __init__(
         self,
@@ -51,20 +55,23 @@ class LateReplies:
         kernel: KernelPort,
         device: DevicePort,
         forget: Callable[[int, int], None],
+        released: Callable[[int], None],
     ) -> None:
         self._loan = loan
         self._map = loan.memory.map
         self._kernel = kernel
         self._device = device
         self._forget = forget
+        self._released = released
         self.interrupts = Interrupts(self.give_up, self.lock_of, self._pid_of)
 
     def give_up(self, slot: Slot, number: int) -> None:
         """Answer a request with an error now; the device may keep it as long as it likes."""
         slot.state = ABANDONED
-        unique, slot.answers = slot.answers, 0
         self._loan.abandoned += 1
-        self._kernel.answer(unique, number)
+        if slot.route.failed is None or not slot.route.failed(slot, number):
+            self._kernel.answer(slot.answers, number)
+        slot.answers = 0
 
     def undo(self, slot: Slot) -> None:
         """Take back what a reply has handed out that nobody took."""
@@ -80,8 +87,10 @@ class LateReplies:
         undo = undo_late_reply(slot.opcode, slot.nodeid, self.lock_of(slot), reply)
         for nodeid in undo.forgets:
             self._forget(nodeid, 1)
-        for request in undo.requests:
-            self._device.undo(*request)
+        for opcode, nodeid, body in undo.requests:
+            if opcode == _RELEASE:
+                self._released(_FH(body)[0])
+            self._device.undo(opcode, nodeid, body)
 
     def lock_of(self, slot: Slot) -> bytes:
         """The first 48 bytes of a request's body: ``fuse_lk_in``, where it is about a lock."""

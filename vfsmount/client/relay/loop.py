@@ -15,6 +15,7 @@ on the way is listed in ``rewrite``. This file has the loop; what it joins:
     opens                   what goes with an OPEN: the check in mode ``auto``, and
     passthrough             opens that the kernel reads and writes by itself: which; with
     passed_nodes, set_ups, backing    who uses what; what the daemon and the kernel are asked
+    unwritten               pages that the host would not take
     memory                  what is remembered so that a write needs no question
     slots, rooms            where messages lie, and how much room they get
     orders, ending          what other threads say; the end
@@ -189,12 +190,14 @@ class Relay:
             quiet_flush=quiet_flush,
             heeds_interrupts=heeds_interrupts,
         )
-        self._late = rules.late = LateReplies(loan, self._kernel, self._device, rules.forget)
+        self._late = rules.late = LateReplies(
+            loan, self._kernel, self._device, rules.forget, rules.released
+        )
         self._answers = Answers(loan, policy, self._kernel, self._opens, self._late, rules.absent)
         modes = None if clears_set_id else rules.modes
         no_flush = quiet_flush and not keeps_locks
         fresh, known = self._opens.fresh, rules.known if policy.revalidate else None
-        rewriters = reply_rewriters(policy, modes, fresh, known, no_flush=no_flush)
+        rewriters = reply_rewriters(policy, modes, fresh, known, rules.unwritten, no_flush=no_flush)
         self._routes = make_routes(rules, rewriters, checks_opens=policy.revalidate)
         # Two sets to sleep on: with and without the kernel's requests (back-pressure). Calls are
         # edge triggered, because the eventfd is shared with the daemon and is never read.

@@ -5,7 +5,8 @@ A ``Route`` says it all of one opcode. Two functions of it see the request:
     local      first of all: answers it here, changes it in place, or takes a note of it
     special    when the slot is ready to go: hands it over in another way than the rest
 
-Most opcodes have neither. Each returns whether that is all.
+and a third, ``failed``, sees the error with which it ends, before the kernel does. Most opcodes
+have none of them. Each returns whether that is all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import stat
 import struct
 from contextlib import suppress
 from copy import copy
+from functools import partial
 from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
@@ -28,9 +30,10 @@ from vfsmount.client.relay.memory import (
     flags_of_write,
 )
 from vfsmount.client.relay.opens import CHANGES, invalidation
-from vfsmount.client.relay.rewrite import flags_below_writeback, judge_write_back
+from vfsmount.client.relay.rewrite import FailsHere, flags_below_writeback, judge_write_back
 from vfsmount.client.relay.rooms import named_rooms, small_rooms
 from vfsmount.client.relay.slots import SMALL_REPLY
+from vfsmount.client.relay.unwritten import Unwritten
 from vfsmount.client.session import setattr_in
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import LockType, Opcode, WriteFlag
@@ -71,6 +74,8 @@ _MODE_AT: Final = 68  # of setattr_in
 _SET_ID: Final = stat.S_ISUID | stat.S_ISGID
 _OF_PAGES: Final = int(WriteFlag.CACHE)
 _CLEARS_SET_ID: Final = int(WriteFlag.KILL_SUIDGID)
+_WRITE_SIZE_AT: Final = 16  # write_in: fh, offset, size
+_FLUSH_IN: Final = struct.Struct("<Q8xQ").unpack_from  # flush_in: fh, unused, lock_owner
 _COPY_TARGET_AT: Final = 24  # copy_file_range_in: fh_in, off_in, nodeid_out, fh_out
 
 #: RELEASEs that wait for a kick without company.
@@ -86,6 +91,7 @@ class Route:
     Attributes:
         local: Sees a request first; None for most.
         special: Sees a slot that is ready to go; None for most.
+        failed: Sees the errno with which a slot ends; None for most.
         room: Bytes of the reply, header included, where that is always the same and little; 0
             where it has to be found out.
         size_at: Offset in the request of the bytes that the reply may have besides its header; 0
@@ -100,6 +106,7 @@ class Route:
     __slots__ = (
         "changes",
         "counter",
+        "failed",
         "is_known",
         "local",
         "names_alone",
@@ -113,6 +120,7 @@ class Route:
         self.is_known = is_known
         self.local: Handler | None = None
         self.special: Handler | None = None
+        self.failed: Callable[[Slot, int], bool] | None = None
         self.room = 0
         self.size_at = 0
         self.changes = False
@@ -149,6 +157,10 @@ def make_routes(
     # The kernel writes pages back in all modes: maps that are shared can be had in ``none`` too.
     rules.write_back = copy(routes[Opcode.WRITE])
     rules.write_back.rewrite = judge_write_back
+    if rules.unwritten is not None:
+        rules.write_back.failed = rules.pages_failed
+        for opcode in (Opcode.FLUSH, Opcode.FSYNC):
+            routes[opcode].failed = rules.not_known
     return routes
 
 
@@ -171,6 +183,7 @@ class RequestRules:
         absent: Extended attributes that files do not have.
         known: Directories of which the kernel knows the names.
         write_back: The route of a WRITE of the kernel's pages, whose caller sees errors alone.
+        unwritten: Of the pages that the kernel keeps for a while; None without its write-back.
         passthrough: Files that the kernel reads and writes by itself; None without DAX.
     """
 
@@ -202,7 +215,7 @@ class RequestRules:
         self._opens = opens
         self._quiet_flush = quiet_flush
         self._heeds_interrupts = heeds_interrupts
-        self._writeback = policy.writeback
+        self.unwritten = Unwritten() if policy.writeback else None
         #: Handles that wrote since their last FLUSH.
         self._wrote: set[int] = set()
         #: Nodes that the daemon may have POSIX locks on; a FLUSH gives its owner's up.
@@ -212,7 +225,10 @@ class RequestRules:
         """Return what sees requests first, by opcode."""
         flush = self._flush if self.passthrough is None else self._flush_passed
         quiet = {Opcode.FLUSH: flush} if self._quiet_flush else {}
-        below = {Opcode.OPEN: self._open, Opcode.CREATE: self._open} if self._writeback else {}
+        below: dict[Opcode, Handler] = {}
+        if self.unwritten is not None:
+            below = dict.fromkeys((Opcode.OPEN, Opcode.CREATE), self._open)
+            below |= {Opcode.FLUSH: self._flush_unwritten, Opcode.FSYNC: self._fsync_unwritten}
         table: dict[Opcode, Handler] = {
             Opcode.FALLOCATE: self._fallocate,
             Opcode.COPY_FILE_RANGE: self._copy,
@@ -238,7 +254,7 @@ class RequestRules:
     def special(self, *, checks_opens: bool) -> dict[int, Handler]:
         """Return what sees slots that are ready to go, by opcode."""
         table: dict[Opcode, Handler] = {
-            Opcode.RELEASE: self._post,
+            Opcode.RELEASE: self._release,
             Opcode.RELEASEDIR: self._post,
             Opcode.WRITE: self._note_write,
             Opcode.READDIRPLUS: self._list,
@@ -260,6 +276,8 @@ class RequestRules:
         self.known.clear()
         self._locked.discard(nodeid)
         self._opens.forget(nodeid)
+        if self.unwritten is not None:
+            self.unwritten.forget(nodeid)
         if self.passthrough is not None:
             self.passthrough.nodes.forget(nodeid)
         self._device.forget(nodeid, nlookup)
@@ -313,7 +331,11 @@ class RequestRules:
         self._wrote.add(_U64(self._map, at + _IN)[0])
         return False
 
-    def _copy(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+    def _copy(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
+        lacks = 0 if self.unwritten is None else self.unwritten.lacks(nodeid)
+        if lacks:
+            self._kernel.answer(slot.answers, lacks)
+            return True
         self._wrote.add(_U64(self._map, at + _IN + _COPY_TARGET_AT)[0])
         return False
 
@@ -332,12 +354,21 @@ class RequestRules:
         self._opens.begin(slot)
         return False
 
+    def released(self, fh: int) -> None:
+        """The handle of a file is given back."""
+        self._wrote.discard(fh)
+        if self.unwritten is not None:
+            self.unwritten.released(fh)
+
+    def _release(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
+        self.released(_U64(self._map, at + _IN)[0])
+        return self._post(slot, at, size, nodeid)
+
     def _post(self, slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
         """Answer a RELEASE now, and let the device have it with the next kick.
 
         Not one that gives locks up: somebody may wait for them.
         """
-        self._wrote.discard(_U64(self._map, at + _IN)[0])
         if slot.head < 0 or _U32(self._map, at + _RELEASE_FLAGS_AT)[0] & _FLOCK_UNLOCK:
             return False
         unique, slot.answers = slot.answers, 0
@@ -362,7 +393,7 @@ class RequestRules:
     def _post_passed(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
         if self.passthrough is not None:
             self.passthrough.nodes.released(_U64(self._map, at + _IN)[0])
-        return self._post(slot, at, size, nodeid)
+        return self._release(slot, at, size, nodeid)
 
     def _note_write(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
         if at + size > slot.touched:
@@ -372,6 +403,49 @@ class RequestRules:
         if flags & _OF_PAGES:
             slot.route = self.write_back
         return bool(flags & _CLEARS_SET_ID) and self._must_wait_for_mode(slot, nodeid)
+
+    # --- pages that the host would not take ---
+
+    def pages_failed(self, slot: Slot, number: int) -> bool:
+        """A WRITE of the kernel's pages failed: the kernel need not know, if others are told."""
+        if self.unwritten is None or not self.unwritten.failed(slot.nodeid, number):
+            return False
+        size = _U32(self._map, slot.at + _IN + _WRITE_SIZE_AT)[0]
+        self._kernel.answer_body(slot.answers, fuse.WRITE_OUT.values(size))
+        return True
+
+    def not_known(self, slot: Slot, number: int) -> bool:
+        """A FLUSH or FSYNC failed. The kernel must not learn that the daemon has no such thing.
+
+        It would send no more of them.
+        """
+        if number == errno.ENOSYS:
+            self._kernel.answer(slot.answers)
+        return number == errno.ENOSYS
+
+    def _flush_unwritten(self, slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+        assert self.unwritten is not None
+        fh, owner = _FLUSH_IN(self._map, at + _IN)
+        return self._tell(slot, self.unwritten.flushed(fh, owner))
+
+    def _fsync_unwritten(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
+        assert self.unwritten is not None
+        return self._tell(slot, self.unwritten.synced(nodeid, _U64(self._map, at + _IN)[0]))
+
+    def _tell(self, slot: Slot, number: int) -> bool:
+        """Have a request fail with an errno, if there is one, whatever the daemon says to it.
+
+        It is sent all the same: there may be locks to give up, and what can be synced should be.
+        """
+        if number:
+            slot.route = Route(is_known=True)
+            slot.route.rewrite = _failing(number)
+            slot.route.failed = partial(self._answer_told, number)
+        return False
+
+    def _answer_told(self, number: int, slot: Slot, _theirs: int) -> bool:
+        self._kernel.answer(slot.answers, number)
+        return True
 
     def _must_wait_for_mode(self, slot: Slot, nodeid: int) -> bool:
         """Send a SETATTR ahead of a write that clears set-id bits; return whether there was one."""
@@ -452,3 +526,12 @@ class RequestRules:
     def _unexpected(self, slot: Slot, _at: int, _size: int, _nodeid: int) -> bool:
         self._kernel.answer(slot.answers, _EIO)
         return True
+
+
+def _failing(number: int) -> Rewriter:
+    """Return what makes a failure of a success."""
+
+    def fail(_memory: mmap.mmap, _at: int, _length: int, _nodeid: int, _request: int) -> None:
+        raise FailsHere(number)
+
+    return fail

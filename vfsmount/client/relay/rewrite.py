@@ -11,7 +11,9 @@ the complete list of exceptions:
 * "No such name" becomes a negative entry where the policy remembers absence (``negative_entry``).
 * Set-id bits are taken off before a write that must clear them, where the daemon will not
   (``memory``).
-* A short WRITE of the kernel's pages, which it would not notice, is an error (``ShortWriteBack``).
+* A short WRITE of the kernel's pages, which it would not notice, is an error (``FailsHere``).
+* Below the kernel's write-back a WRITE of its pages that fails has succeeded for the kernel, and
+  FSYNC and FLUSH fail for that (``unwritten``).
 * Below the kernel's write-back a file is opened readable and not for appending
   (``flags_below_writeback``).
 * An unlock that may wait (SETLKW) becomes one that may not (SETLK).
@@ -28,6 +30,7 @@ inside the reply, so a daemon that writes at the same time can spoil nothing but
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from time import monotonic
@@ -47,13 +50,14 @@ if TYPE_CHECKING:
     from vfsmount.cache.known_names import KnownNames
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.client.relay.memory import SetIdMemory
+    from vfsmount.client.relay.unwritten import Unwritten
 
     #: Puts the policy's values into a reply body: memory, offset there, bytes of body, and the node
     #: that the request named, and the offset of that.
     Rewriter: TypeAlias = Callable[[mmap.mmap, int, int, int, int], None]
 
 __all__ = [
-    "ShortWriteBack",
+    "FailsHere",
     "flags_below_writeback",
     "judge_write_back",
     "negative_entry",
@@ -73,7 +77,7 @@ _OPEN_FLAGS_AT: Final = 8
 _DIRENTPLUS: Final = _ENTRY + fuse.DIRENT.size
 _NAME_LENGTH: Final = struct.Struct("<I").unpack_from
 _NAME_LENGTH_AT: Final = _ENTRY + 16
-_NODEID: Final = struct.Struct("<Q").unpack_from
+_U64: Final = struct.Struct("<Q").unpack_from
 _ENTRY_SIGNATURE: Final = 40 + SIGNATURE_AT  # fuse_attr is at 40 of entry_out, at 16 of attr_out
 _ATTR_SIGNATURE: Final = 16 + SIGNATURE_AT
 
@@ -84,11 +88,16 @@ _NEVER_FLAGS: Final = OpenOutFlag.PASSTHROUGH
 _WRITE_SIZE_AT: Final = _IN + 16
 
 
-class ShortWriteBack(Exception):
-    """The daemon took less of the kernel's written-back pages than there was.
+class FailsHere(Exception):
+    """The daemon says that a request has succeeded, and its caller is to be told otherwise.
 
-    The kernel heeds only errors there: the rest would be lost and nobody told.
+    Attributes:
+        errno: What.
     """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(os.strerror(number))
+        self.errno = number
 
 
 def _split(seconds: float) -> tuple[int, int]:
@@ -102,6 +111,7 @@ def reply_rewriters(
     modes: SetIdMemory | None = None,
     fresh: Freshness | None = None,
     known: KnownNames | None = None,
+    unwritten: Unwritten | None = None,
     *,
     no_flush: bool = False,
 ) -> dict[int, Rewriter]:
@@ -115,6 +125,7 @@ def reply_rewriters(
         modes: Is told each mode that passes, where somebody needs to know.
         fresh: Is told the attributes that pass, likewise.
         known: Is told of names that pass one by one, likewise.
+        unwritten: Is told of handles that may write, likewise.
         no_flush: No FLUSH is wanted of handles that cannot write.
     """
     (entry_s, entry_ns), (attr_s, attr_ns) = (
@@ -136,7 +147,7 @@ def reply_rewriters(
             modes.see(*_ENTRY_MODE(memory, at))
         if fresh is not None:
             start = at + _ENTRY_SIGNATURE
-            fresh.gave(_NODEID(memory, at)[0], memory[start : start + SIGNATURE_SIZE])
+            fresh.gave(_U64(memory, at)[0], memory[start : start + SIGNATURE_SIZE])
 
     def entry(memory: mmap.mmap, at: int, length: int, nodeid: int, _request: int) -> None:
         if length < _ENTRY:
@@ -176,8 +187,10 @@ def reply_rewriters(
         if flags != theirs:
             _U32.pack_into(memory, at + _OPEN_FLAGS_AT, flags)
 
-    def opened_file(memory: mmap.mmap, at: int, length: int, _nodeid: int, request: int) -> None:
+    def opened_file(memory: mmap.mmap, at: int, length: int, nodeid: int, request: int) -> None:
         ours = file_flags
+        if unwritten is not None and length >= fuse.OPEN_OUT.size:
+            _note_writer(unwritten, memory, at, nodeid, request)
         if no_flush and _U32.unpack_from(memory, request + _IN)[0] & os.O_ACCMODE == os.O_RDONLY:
             ours |= OpenOutFlag.NOFLUSH
         opened(memory, at, length, ours)
@@ -188,6 +201,8 @@ def reply_rewriters(
     def created(memory: mmap.mmap, at: int, length: int, nodeid: int, request: int) -> None:
         entry(memory, at, length, nodeid, request)
         opened(memory, at + _ENTRY, length - _ENTRY, file_flags)
+        if unwritten is not None and length >= _ENTRY + fuse.OPEN_OUT.size:
+            _note_writer(unwritten, memory, at + _ENTRY, _U64(memory, at)[0], request)
 
     def listed(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
         end = at + length
@@ -211,6 +226,14 @@ def reply_rewriters(
     if not from_host:
         table[Opcode.STATX] = statx
     return {int(opcode): rewriter for opcode, rewriter in table.items()}
+
+
+def _note_writer(
+    unwritten: Unwritten, memory: mmap.mmap, opened_at: int, nodeid: int, request: int
+) -> None:
+    """Take note of a handle that was opened or created, if it may write."""
+    if _U32.unpack_from(memory, request + _IN)[0] & os.O_ACCMODE != os.O_RDONLY:
+        unwritten.opened(nodeid, _U64(memory, opened_at)[0])
 
 
 def _open_flags(policy: CachePolicy) -> int:
@@ -249,11 +272,12 @@ def judge_write_back(memory: mmap.mmap, at: int, _length: int, _nodeid: int, req
     """As a rewriter, of a WRITE of the kernel's own pages (FUSE_WRITE_CACHE).
 
     Raises:
-        ShortWriteBack: The daemon took less than all.
+        FailsHere: The daemon took less than all. It does not say why: at the end of the room,
+            nearly always. The kernel heeds only errors there: the rest would be lost untold.
     """
     (asked,) = _U32.unpack_from(memory, request + _WRITE_SIZE_AT)
     if _U32.unpack_from(memory, at)[0] < asked:
-        raise ShortWriteBack
+        raise FailsHere(errno.ENOSPC)
 
 
 def negative_entry(policy: CachePolicy) -> bytes | None:
