@@ -12,7 +12,8 @@ import pytest
 
 from tests.client.pyfuse.fake_session import FakeSession, attributes, entry
 from vfsmount.cache.policy import CachePolicy
-from vfsmount.client.pyfuse.operations import VirtioFsOperations, decode_dev, encode_dev
+from vfsmount.client.pyfuse.handlers import decode_dev, encode_dev
+from vfsmount.client.pyfuse.operations import VirtioFsOperations
 from vfsmount.errors import (
     ChannelBroken,
     ChannelClosed,
