@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from tests.channel.support import DEADLINE
-from vfsmount.channel.socket import Message, MessageSocket, close_all
+from vfsmount.channel.socket import Message, MessageSocket
 from vfsmount.errors import WireError
 from vfsmount.wire.vhost_user import FrontendRequest, Header, encode_header, encode_message
 
@@ -67,7 +67,8 @@ async def test_several_messages_at_once_keep_their_descriptors_apart() -> None:
             assert not os.get_inheritable(fd)
         os.write(pipes[2][1], b"third")
         assert os.read(second.fds[0], 10) == b"third"
-        close_all([*first.fds, *second.fds, *(fd for pipe in pipes for fd in pipe)])
+        for fd in [*first.fds, *second.fds, *(fd for pipe in pipes for fd in pipe)]:
+            os.close(fd)
 
 
 async def test_descriptors_are_sent() -> None:
@@ -78,7 +79,8 @@ async def test_descriptors_are_sent() -> None:
         assert data == PING
         os.write(fds[0], b"x")
         assert os.read(read_end, 1) == b"x"
-        close_all([*fds, read_end, write_end])
+        for fd in [*fds, read_end, write_end]:
+            os.close(fd)
 
 
 async def test_end_of_the_connection() -> None:

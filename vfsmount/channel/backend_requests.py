@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import trio
 
-from vfsmount.channel.socket import Message, MessageSocket, close_all, receive_now
+from vfsmount.channel.socket import Message, MessageSocket, discard, receive_now
 from vfsmount.errors import ProtocolViolation, WireError
 from vfsmount.wire.vhost_user import (
     BACKEND_MESSAGES,
@@ -41,9 +41,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Serves one kind of request: given the payload and the descriptors, which it may use but not keep
-#: (``os.dup`` them), it returns 0 or a positive errno. It runs in the event loop, or in the thread
-#: that the queues are lent to, and must not block.
+#: Serves one kind of request: given the payload and the descriptors, it returns 0 or a positive
+#: errno. Descriptors that it keeps or closes it takes out of the list; what is left is closed
+#: without waiting (``discard``). It runs in the event loop, or in the thread that the queues are
+#: lent to, and must not block.
 BackendHandler: TypeAlias = Callable[[Payload, list[int]], int]
 #: The same for requests that are in no standard: they get the payload's bytes, may raise WireError,
 #: and count the descriptors themselves.
@@ -147,7 +148,7 @@ class BackendRequestServer:
         try:
             result = self._handle(message)
         finally:
-            close_all(message.fds)
+            discard(message.fds)
         if header.needs_reply and self._negotiated.protocol_features & _REPLY_ACK:
             # Failures are negated errnos in a u64, as the Rust implementations write them.
             payload = encode_ack(-result & _U64_MASK)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import trio
 
 from vfsmount.channel.negotiation import ack_protocol_features, ack_virtio_features
-from vfsmount.channel.socket import Message, MessageSocket, close_all
+from vfsmount.channel.socket import Message, MessageSocket, discard
 from vfsmount.errors import (
     ChannelBroken,
     FeatureMissing,
@@ -117,7 +117,7 @@ class Frontend:
         """Close the connection and what came over it; again is harmless."""
         self._socket.close()
         if self._answer is not None:
-            close_all(self._answer.fds)
+            discard(self._answer.fds)
             self._answer = None
 
     # --- one request ---
@@ -191,7 +191,7 @@ class Frontend:
         except WireError as error:
             raise HandshakeError(f"bad answer to {request.name}: {error}", _SEE_LOG) from error
         finally:
-            close_all(message.fds)
+            discard(message.fds)
         if FRONTEND_MESSAGES[request].reply is not None:
             return record
         if record != ACK_OK:
@@ -219,7 +219,7 @@ class Frontend:
             if message is None:
                 return self._lose(ChannelBroken("the daemon closed the vhost-user connection"))
             if self._asking is None or self._answer is not None:
-                close_all(message.fds)
+                discard(message.fds)
                 what = f"message {message.header.request} that nobody asked for"
                 return self._lose(ProtocolViolation(f"the daemon sent {what}"))
             self._answer = message

@@ -10,6 +10,7 @@ window is as large as we want, and they learn of it by INIT. Their FS_MAP replac
 from __future__ import annotations
 
 import errno
+import os
 from typing import TYPE_CHECKING, Final, Protocol
 
 from vfsmount.errors import WireError
@@ -47,7 +48,10 @@ class Window(Protocol):
         """The back-end has a region of that many bytes, or none (0)."""
 
     def map(self, moffset: int, length: int, foffset: int, writable: bool, fd: int) -> int:
-        """Map a part of a file; the descriptor stays the caller's."""
+        """Map a part of a file; the descriptor stays the caller's.
+
+        After success it is known to be one that can be closed at once.
+        """
 
     def unmap(self, moffset: int, length: int) -> int:
         """Take one mapping away, named exactly."""
@@ -79,7 +83,10 @@ def window_handlers(window: Window) -> dict[BackendRequest, BackendHandler]:
         if record.shmid != DAX_SHMID or record.flags & ~_WRITABLE:
             return errno.EINVAL
         writable = bool(record.flags & _WRITABLE)
-        return window.map(record.shm_offset, record.length, record.fd_offset, writable, fds[0])
+        error = window.map(record.shm_offset, record.length, record.fd_offset, writable, fds[0])
+        if not error:
+            os.close(fds.pop())  # it has been looked at: closing it waits for nobody
+        return error
 
     def unmap(record: Payload, _fds: list[int]) -> int:
         assert isinstance(record, ShmemMap)
@@ -105,6 +112,8 @@ def older_handlers(window: Window) -> dict[int, OlderHandler]:
                     window.unmap(moffset, length)
                 return error
             done.append((one.cache_offset, one.length))
+        if done:
+            os.close(fds.pop())
         return 0
 
     def unmap(payload: bytes, _fds: list[int]) -> int:

@@ -12,6 +12,8 @@ import os
 import select
 import socket as stdlib_socket
 import stat
+import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     from trio.socket import SocketType
 
-__all__ = ["Message", "MessageSocket", "close_all", "connect", "receive_now"]
+__all__ = ["Message", "MessageSocket", "connect", "discard", "receive_now"]
 
 #: Seconds for the rest of a message, where nobody else can be served meanwhile.
 _REST_SECONDS = 1.0
@@ -40,10 +42,21 @@ class Message(NamedTuple):
     fds: list[int]
 
 
-def close_all(fds: Sequence[int]) -> None:
-    """Close descriptors that nobody wants."""
+def discard(fds: Sequence[int]) -> None:
+    """Have descriptors closed that nobody wants, without waiting for that.
+
+    close(2) asks the file's file system, and one in userspace need not answer (FUSE_FLUSH); nothing
+    ends that wait but its end. So it is waited for in a thread of its own. Messages with
+    descriptors are few, and each thread that hangs keeps one, so there are never many.
+    """
+    if fds:
+        threading.Thread(target=_close_all, args=(tuple(fds),), name="closer", daemon=True).start()
+
+
+def _close_all(fds: Sequence[int]) -> None:
     for fd in fds:
-        os.close(fd)
+        with suppress(OSError):  # of the file system; the descriptor is gone all the same
+            os.close(fd)
 
 
 class MessageSocket:
@@ -103,7 +116,7 @@ class MessageSocket:
             header = decode_header(data)
             payload = await self._receive_exactly(header.size)
         except BaseException:
-            close_all(fds)
+            discard(fds)
             raise
         return Message(header, payload, fds)
 
@@ -134,7 +147,7 @@ def receive_now(sock: stdlib_socket.socket) -> Message | None:
         header = decode_header(data)
         return Message(header, _receive_rest(sock, header.size), fds)
     except BaseException:
-        close_all(fds)
+        discard(fds)
         raise
 
 

@@ -19,10 +19,10 @@ import fcntl
 import logging
 import os
 import resource
-import stat
 import threading
 from typing import TYPE_CHECKING, Final
 
+from vfsmount.dax_shm.descriptors import MountTypes
 from vfsmount.dax_shm.mappings import Mapping, MappingTable, OpenFile, check_place
 from vfsmount.dax_shm.memory import WindowMemory
 from vfsmount.dax_shm.ranges import RANGE_SIZE, RangeTable
@@ -62,6 +62,7 @@ class Window:
         self._memory: WindowMemory | None = None
         # Out of descriptors, a message with one could not be received, which ends the channel.
         self._most_files = max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 1)
+        self._mounts = MountTypes()
         self._lock = threading.Lock()
         self._table: MappingTable[OpenFile] = MappingTable(0)
         self._files: dict[tuple[int, int, int], OpenFile] = {}
@@ -120,18 +121,36 @@ class Window:
 
         Returns:
             0, or an errno: EINVAL: outside the window, not on page boundaries, or a descriptor that
-            appends; EEXIST: something is mapped there; ENODEV: no regular file; EACCES: the
-            descriptor does not allow it; EMFILE.
+            appends; EEXIST: something is mapped there; ENODEV: no regular file; EOPNOTSUPP: of a
+            file system that may not answer (``descriptors``), and so the descriptor must not be
+            asked anything; EACCES: the descriptor does not allow it; EMFILE.
         """
         wrong = check_place(self.size, moffset, length, foffset)
         if wrong:
             return self._refuse(wrong, f"{length:#x} bytes at {moffset:#x}")
         try:
-            key = _key(fd, writable)
+            key = self._key(fd, writable)
             with self._lock:
                 return self._add(moffset, length, foffset, writable, fd, key)
         except OSError as error:
             return self._refuse(error.errno or errno.EIO, str(error))
+
+    def _key(self, fd: int, writable: bool) -> tuple[int, int, int]:
+        """Check a descriptor and return what tells its file and its rights from others.
+
+        Raises:
+            OSError: ENODEV, EOPNOTSUPP, EBADF, EACCES, EINVAL: it is not for mapping like that.
+        """
+        facts = self._mounts.check(fd)
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if flags & _O_PATH:
+            raise OSError(errno.EBADF, "a descriptor that can only name its file")
+        allowed = (os.O_RDWR,) if writable else (os.O_RDONLY, os.O_RDWR)
+        if flags & os.O_ACCMODE not in allowed:
+            raise OSError(errno.EACCES, "the descriptor does not allow it")
+        if flags & _UNWANTED:
+            raise OSError(errno.EINVAL, "a descriptor with O_APPEND or O_DIRECT")
+        return facts.dev, facts.ino, flags
 
     def _add(
         self,
@@ -280,23 +299,3 @@ class Window:
             counts[one.file.key] = counts.get(one.file.key, 0) + 1
         assert counts == {key: file.mappings for key, file in self._files.items()}
         assert all(file.fd >= 0 for file in self._files.values())
-
-
-def _key(fd: int, writable: bool) -> tuple[int, int, int]:
-    """Check a descriptor and return what tells its file and its rights from others.
-
-    Raises:
-        OSError: ENODEV, EBADF, EACCES, EINVAL: it is not for mapping like that.
-    """
-    info = os.fstat(fd)
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    if not stat.S_ISREG(info.st_mode):
-        raise OSError(errno.ENODEV, "not a regular file")
-    if flags & _O_PATH:
-        raise OSError(errno.EBADF, "a descriptor that can only name its file")
-    allowed = (os.O_RDWR,) if writable else (os.O_RDONLY, os.O_RDWR)
-    if flags & os.O_ACCMODE not in allowed:
-        raise OSError(errno.EACCES, "the descriptor does not allow it")
-    if flags & _UNWANTED:
-        raise OSError(errno.EINVAL, "a descriptor with O_APPEND or O_DIRECT")
-    return info.st_dev, info.st_ino, flags
