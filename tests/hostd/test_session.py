@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.hostd.guest import OFFER, ROOT, DirectGuest, expect_errno
 from vfsmount.errors import UsageError
-from vfsmount.hostd.fs.share import CacheMode, Share, ShareOptions
+from vfsmount.hostd.fs.share import CacheMode, Share, ShareOptions, open_directory
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import InitFlag, Opcode
 
@@ -200,3 +201,14 @@ def test_what_cannot_be_shared(folder: Path, what: str) -> None:
     (folder / "file").touch()
     with pytest.raises(UsageError, match="cannot share"):
         Share(folder / what, ShareOptions())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_what_may_not_be_entered() -> None:
+    with tempfile.TemporaryDirectory(prefix="vfsmount-") as name:  # closed to others
+        os.seteuid(65534)
+        try:
+            with pytest.raises(UsageError, match=f"cannot share {name}: Permission denied"):
+                open_directory(name)
+        finally:
+            os.seteuid(0)

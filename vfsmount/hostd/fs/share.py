@@ -138,10 +138,11 @@ def open_directory(directory: str | bytes | os.PathLike[str]) -> int:
     """Return an O_PATH descriptor of a directory to share.
 
     Raises:
-        UsageError: There is none.
+        UsageError: There is none, or this process may not enter it.
     """
     try:
-        return os.open(directory, _PLACE)
+        # Its own "." is found by who may enter it, which O_PATH alone does not ask for.
+        return os.open(os.path.join(os.fsencode(directory), b"."), _PLACE)
     except (OSError, ValueError) as error:
         name = os.fsdecode(directory)
         reason = getattr(error, "strerror", None) or error
