@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -118,3 +119,14 @@ def test_nothing_is_left_when_it_cannot_be_mapped(tmp_path: Path) -> None:
         SharedMemory(1 << 62, str(tmp_path / "memory"))
     assert not (tmp_path / "memory").exists()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_no_room_for_the_file(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], check=True)
+    try:
+        with pytest.raises(UsageError, match=r"^no room .*: No space left"):
+            SharedMemory(SIZE, str(tmp_path / "shm"))
+        assert not list(tmp_path.iterdir())
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)

@@ -24,6 +24,8 @@ GUEST_BASE = 0x10000
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _BLOCK = 512  # unit of st_blocks
+#: Bytes that a file must have room for: rings, and a few large requests.
+_ROOM = 16 << 20
 
 
 class SharedMemory:
@@ -52,6 +54,8 @@ class SharedMemory:
             os.truncate(self.fd, size)
             if path is None:
                 fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+            else:
+                self._check_room(path)
             self.map = mmap.mmap(self.fd, size, mmap.MAP_SHARED)
         except BaseException:
             os.close(self.fd)
@@ -72,7 +76,15 @@ class SharedMemory:
             raise UsageError(f"shared memory file {path} exists already", cure) from None
         except OSError as error:
             text = f"cannot create shared memory file {path}: {error.strerror}"
-            raise UsageError(text) from error
+            raise UsageError(text, "name another") from error
+
+    def _check_room(self, path: str) -> None:
+        """Make sure that a file system has room to begin with: a page without is SIGBUS."""
+        try:
+            os.posix_fallocate(self.fd, 0, min(self.size, _ROOM))
+        except OSError as error:
+            text = f"no room for shared memory in {path}: {error.strerror}"
+            raise UsageError(text, "name a file where there is some, in /dev/shm say") from error
 
     @property
     def region(self) -> MemoryRegion:
