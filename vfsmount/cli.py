@@ -25,6 +25,7 @@ from vfsmount.client.mount.arguments import (
     Arguments,
     Group,
     Option,
+    nearest,
     parse,
     render_help,
 )
@@ -49,6 +50,7 @@ Exit status:
 MOUNT_USAGE = (
     "vfsmount MNT --socket PATH [option...]    mount what a running daemon shares",
     "vfsmount MNT --source DIR [option...]     share a directory and mount it",
+    "vfsmount DIR|PATH MNT [option...]         either, in the background: as mount(8), sshfs",
     "vfsmount serve DIR --socket PATH          run the bundled daemon alone",
     "vfsmount umount MNT                       unmount, wait until all is written",
     "vfsmount status MNT [--json]              what a mount is doing",
@@ -66,7 +68,6 @@ Examples:
   in /etc/fstab:
   /run/virtiofsd.sock  /mnt  fuse.vfsmount  cache=none,nofail,_netdev  0  0
 
-Called as mount(8) calls helpers (vfsmount PATH MNT -o ...), it goes to the background.
 A mount point named like a command is written with its folder: vfsmount ./serve ...
 'vfsmount COMMAND --help' explains the other commands.
 {EXIT_CODES}"""
@@ -109,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status (``ExitCode``, or 128 plus a signal's number).
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_streams()
     command = COMMANDS.get(words[0]) if words else None
     gc.disable()
     try:
@@ -130,6 +132,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.enable()
 
 
+def _open_standard_streams() -> None:
+    """Give a process that was started without them (``>&-``) descriptors 0 to 2.
+
+    Else a socket of ours would get such a number, and whoever prints would write there.
+    """
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _show(text: str) -> None:
+    """Print on stdout.
+
+    Raises:
+        UsageError: It cannot be written to.
+        BrokenPipeError: Its reader has left.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UsageError(f"cannot write to stdout: {error.strerror}") from error
+
+
 def _tell(error: VfsmountError) -> None:
     from vfsmount.client.mount.logs import tell
 
@@ -139,12 +171,14 @@ def _tell(error: VfsmountError) -> None:
 def _mount(words: list[str]) -> int:
     from vfsmount.client.mount.options import MOUNT_GROUPS, parse_mount
 
+    if words:
+        _check_command(words[0])
     given = parse(words, MOUNT_GROUPS, "vfsmount").values
     if given.get("help"):
-        print(render_help(MOUNT_USAGE, MOUNT_INTRO, MOUNT_GROUPS, MOUNT_AFTER), end="")
+        _show(render_help(MOUNT_USAGE, MOUNT_INTRO, MOUNT_GROUPS, MOUNT_AFTER))
         return ExitCode.OK
     if given.get("version"):
-        print(f"vfsmount {__version__}")
+        _show(f"vfsmount {__version__}\n")
         return ExitCode.OK
     settings = parse_mount(words)
 
@@ -155,6 +189,19 @@ def _mount(words: list[str]) -> int:
     from vfsmount.client.mount.launch import run_mount
 
     return run_mount(settings)
+
+
+def _check_command(word: str) -> None:
+    """Refuse a misspelt command, which would be taken for a mount point or a socket.
+
+    Raises:
+        UsageError: The first word is much like a command's name, and no file has that name.
+    """
+    if word.startswith("-") or "/" in word or os.path.lexists(word):
+        return
+    meant = LIKE_COMMANDS.get(word) or nearest(word, COMMANDS, alike=0.8)
+    if meant:
+        raise UsageError(f"unknown command {word}", f"did you mean 'vfsmount {meant}'?")
 
 
 def _serve(words: list[str]) -> int:
@@ -213,14 +260,15 @@ def _given(
     command = f"vfsmount {name}"
     given = parse(words, groups, command)
     if given.values.get("help"):
-        print(render_help((f"{command} {operands}",), intro, groups), end="")
+        _show(render_help((f"{command} {operands}",), intro, groups))
         return None
     return given
 
 
 def _one_mountpoint(given: Arguments) -> str:
     if len(given.operands) != 1 or not given.operands[0]:
-        raise UsageError("exactly one mount point is needed")
+        cure = "'findmnt -t fuse.vfsmount' lists what is mounted"
+        raise UsageError("exactly one mount point is needed", cure)
     return given.operands[0]
 
 
@@ -229,8 +277,7 @@ def _print_document(
 ) -> None:
     import json
 
-    sys.stdout.write(json.dumps(document, indent=2) + "\n" if as_json else formatter(document))
-    sys.stdout.flush()
+    _show(json.dumps(document, indent=2) + "\n" if as_json else formatter(document))
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
@@ -239,3 +286,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "status": _status,
     "probe": _probe,
 }
+LIKE_COMMANDS = {"unmount": "umount", "mount": "DIR MNT", "help": "--help"}
+"""What people try, and what it is called here."""

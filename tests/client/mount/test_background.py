@@ -106,6 +106,13 @@ class TestPidFile:
         with pytest.raises(UsageError, match="No such file"):
             announcer.ready()
 
+    def test_nothing_is_left_where_it_cannot_be_written(self, tmp_path: Path) -> None:
+        path = tmp_path / "pid"
+        path.mkdir()
+        with pytest.raises(UsageError, match="Is a directory"):
+            Announcer(replace(PLAIN, pid_file=str(path)), None).ready()
+        assert list(tmp_path.iterdir()) == [path]
+
 
 SCRIPT = """
 import os, signal, sys, time

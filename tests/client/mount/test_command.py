@@ -115,6 +115,11 @@ class TestHelp:
         (["status", "MNT", "--jason"], "unknown option --jason; did you mean --json?"),
         (["umount"], "exactly one mount point is needed"),
         (["umount", "--farce", "MNT"], "unknown option --farce; did you mean --force?"),
+        (["unmount", "-l", "MNT"], "unknown command unmount; did you mean 'vfsmount umount'?"),
+        (["statu", "MNT"], "unknown command statu; did you mean 'vfsmount status'?"),
+        (["mount", "a", "MNT"], "unknown command mount; did you mean 'vfsmount DIR MNT'?"),
+        (["a", "MNT", "-o", "remount,ro"], "what is mounted cannot be changed (remount); unmount"),
+        (["MNT", "--socket", "a", "--dax", "65T"], "--dax: '65T' is neither off nor a size from"),
         (["probe"], "probe needs a socket; write vfsmount probe --socket PATH"),
         (["probe", "--socket"], "--socket needs a value; write --socket PATH"),
     ],
@@ -326,6 +331,29 @@ class TestMain:
 
         monkeypatch.setitem(cli.COMMANDS, "status", interrupted)
         assert cli.main(["status"]) == 130
+
+    @pytest.mark.parametrize("words", [["--help"], ["--version"], ["umount", "--help"]])
+    def test_output_that_cannot_be_written(self, words: list[str]) -> None:
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "vfsmount", *words],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=REPOSITORY,
+                check=False,
+            )
+        line = "vfsmount: error: cannot write to stdout: No space left on device\n"
+        assert (done.returncode, done.stderr) == (ExitCode.USAGE, line)
+
+    def test_started_without_standard_streams(self) -> None:
+        shell = '"$@" <&- >&- 2>&-'
+        code = "import os, sys, vfsmount.cli as c; s = c.main(['umount', '/']); "
+        code += "os._exit(s + os.open('/dev/null', 0))"  # the lowest descriptor that is free
+        done = subprocess.run(
+            ["sh", "-c", shell, "sh", sys.executable, "-c", code], cwd=REPOSITORY, check=False
+        )
+        assert done.returncode == ExitCode.MOUNT + 3
 
     def test_reader_that_leaves(self) -> None:
         script = "import vfsmount.cli as c; raise SystemExit(c.main(['--help']))"

@@ -119,7 +119,7 @@ def test_files_that_the_kernel_has() -> None:
 def test_lost_daemon_is_told() -> None:
     lost = STATUS | {"state": "daemon lost", "lost": "the daemon closed the connection"}
     text = format_status(lost | {"origin": {"socket": "/s"}})
-    assert text.startswith("/s on /mnt\n  state         daemon lost for")
+    assert text.startswith("/s on /mnt\n  state         daemon lost, mounted for ")
     assert "  lost          the daemon closed the connection\n" in text
     assert "  process       77\n" in text
 

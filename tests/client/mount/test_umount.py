@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.client.mount.conftest import HungMount, Outcome
+from tests.client.mount.test_command import run_as_nobody
 from vfsmount.client.mount.mountinfo import locate
 
 if TYPE_CHECKING:
@@ -62,6 +63,15 @@ class TestDeadMount:
         done = command("umount", mount.path)
         os.close(held)
         assert (done.returncode, done.stderr) == (0, "")
+
+    @pytest.mark.parametrize("name", ["umount", "status"])
+    def test_mount_of_somebody_else(self, open_folder: Path, hung_mount: Maker, name: str) -> None:
+        mount = hung_mount(str(open_folder / "mnt"))
+        done = run_as_nobody([name, str(mount.path)])
+        assert done.returncode == 32
+        assert done.error == (
+            f"{mount.path} is a mount of uid 0, not yours; run this as that user, or as root (sudo)"
+        )
 
     def test_umount_leaves_other_fuse_mounts_alone(
         self, command: Command, hung_mount: Maker

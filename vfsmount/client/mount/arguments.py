@@ -82,12 +82,12 @@ class Arguments(NamedTuple):
 HELP = Option("help", "show this text and leave", short="h")
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the known word most like ``word``, or ``""`` when none is near."""
+def nearest(word: str, known: Iterable[str], alike: float = 0.6) -> str:
+    """Return the known word most like ``word``, or ``""`` when none is ``alike`` (1: the same)."""
     # Imported late: only mistakes need it, and it costs 3 ms.
     from difflib import get_close_matches
 
-    return next(iter(get_close_matches(word, list(known), n=1, cutoff=0.6)), "")
+    return next(iter(get_close_matches(word, list(known), n=1, cutoff=alike)), "")
 
 
 def parse(argv: Sequence[str], groups: Sequence[Group], command: str) -> Arguments:

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from vfsmount.client.mount.logs import to_background
@@ -166,7 +167,9 @@ class Announcer:
                 file.write(f"{os.getpid()}\n")
             os.replace(fresh, path)
         except OSError as error:
-            raise UsageError(f"--pid-file {path}: {error.strerror}") from error
+            with suppress(OSError):
+                os.unlink(fresh)
+            raise UsageError(f"--pid-file {path}: {error.strerror}", "name another") from error
         self._pid_file_written = True
 
     def _leave_terminal(self) -> None:

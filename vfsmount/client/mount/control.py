@@ -32,6 +32,7 @@ __all__ = [
     "ANSWER_SECONDS",
     "MAX_LINE",
     "ask",
+    "check_owner",
     "folders",
     "peer_credentials",
     "prepare_folder",
@@ -162,6 +163,17 @@ def peer_credentials(link: HasSocketOptions) -> tuple[int, int]:
     return pid, uid
 
 
+def check_owner(entry: MountEntry) -> None:
+    """Make sure that a mount is ours to ask and to take off.
+
+    Raises:
+        MountError: It was made by somebody else, and we are not root.
+    """
+    if os.geteuid() not in (0, entry.owner_uid):
+        text = f"{entry.mountpoint} is a mount of uid {entry.owner_uid}, not yours"
+        raise MountError(text, "run this as that user, or as root (sudo)")
+
+
 def serving_pid(entry: MountEntry) -> int | None:
     """Return the process that serves a mount, even one that is stopped; None if it is gone."""
     link = connect(entry)
@@ -179,6 +191,7 @@ def ask(entry: MountEntry, command: str) -> dict[str, Any]:
     """
     link = connect(entry)
     if link is None:
+        check_owner(entry)
         cure = f"clean it up: vfsmount umount {entry.mountpoint}"
         raise MountError(f"no vfsmount process serves {entry.mountpoint} any more", cure)
     with link:

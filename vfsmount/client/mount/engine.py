@@ -234,7 +234,9 @@ class RelayEngine:
         if passthrough:
             self._no_passthrough = problem(device)
         if self._session.window is not None and self._no_passthrough:
-            log.info("no DAX, data go by message: %s", self._no_passthrough)
+            # News only for who asked for a window; status says it to all.
+            level = logging.INFO if self._pass_all else logging.DEBUG
+            log.log(level, "no DAX, data go by message: %s", self._no_passthrough)
 
     async def wait_ready(self) -> None:
         """INIT was settled by ``start``."""

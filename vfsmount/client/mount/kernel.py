@@ -30,7 +30,12 @@ CURES = (
     ("user_allow_other", "leave out allow_other, or let root set it"),
     ("write access", "mount on a directory that you may write to"),
     ("/dev/fuse", "a container must be given the device and the right to mount"),
-    ("permitted", "mounting needs root, or fusermount3 with its set-user-id bit"),
+    ("username", "fusermount3 wants an entry for this user in /etc/passwd"),
+    (
+        "permitted",
+        "mounting takes CAP_SYS_ADMIN (a container: --cap-add SYS_ADMIN), or fusermount3 with its"
+        " set-user-id bit",
+    ),
 )
 """Advice by a word of libfuse's message."""
 

@@ -58,7 +58,8 @@ def _check(settings: MountSettings) -> str:
     check_targets(settings)
     path = check_mountpoint(settings.mountpoint)
     if settings.source is not None and os.path.realpath(settings.source) == path:
-        raise UsageError(f"--source and mount point are the same directory, {path}")
+        text = f"--source and mount point are the same directory, {path}"
+        raise UsageError(text, "name another mount point")
     check_fuse_available()
     return path
 

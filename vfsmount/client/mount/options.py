@@ -150,7 +150,7 @@ def window_size(text: str) -> int:
     match = re.fullmatch(r"([0-9]{1,9})([KMGT]?)", text.upper())
     size = int(match[1]) << UNITS[match[2]] if match else 0
     if not 0 < size <= MAX_WINDOW or size % WINDOW_STEP:
-        raise ValueError("is neither off nor a size such as 512M or 1G, in steps of 2M")
+        raise ValueError("is neither off nor a size from 2M to 64T in steps of 2M, such as 512M")
     return size
 
 
@@ -490,6 +490,9 @@ def _apply_list_word(values: dict[str, Any], word: str) -> None:
         values[name] = _label(name, value)
     elif option is not None:
         _apply_long_option(values, option, name, equals, value)
+    elif name == "remount":
+        cure = "unmount it, and mount it with the new options"
+        raise UsageError("what is mounted cannot be changed (remount)", cure)
     else:
         raise _unknown_word(word, name, options)
 

@@ -33,7 +33,9 @@ def format_status(status: Mapping[str, Any]) -> str:
     """Return a status document as text, ending in a newline."""
     origin = status["origin"].get("socket") or status["origin"].get("source")
     lines = [f"{origin} on {status['mountpoint']}"]
-    lines += _line("state", f"{status['state']} for {format_duration(status['uptime_s'])}")
+    joint = ", mounted" if status["lost"] else ""
+    duration = format_duration(status["uptime_s"])
+    lines += _line("state", f"{status['state']}{joint} for {duration}")
     if status["lost"]:
         lines += _line("lost", status["lost"])
     lines += _line("engine", _engine(status))

@@ -13,7 +13,7 @@ import select
 import signal
 from contextlib import suppress
 
-from vfsmount.client.mount.control import ask, serving_pid, tidy_up
+from vfsmount.client.mount.control import ask, check_owner, serving_pid, tidy_up
 from vfsmount.client.mount.mountinfo import MountEntry, locate
 from vfsmount.client.mount.mountpoint import (
     abort_connection,
@@ -70,6 +70,7 @@ def _checked(path: str, entry: MountEntry | None) -> MountEntry:
     if not ours:
         cure = f"unmount it with: umount {path}"
         raise MountError(f"{path} is a mount of type {entry.fstype}, not one of vfsmount", cure)
+    check_owner(entry)
     return entry
 
 
