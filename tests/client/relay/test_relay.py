@@ -536,3 +536,24 @@ async def test_what_is_left_at_the_end_is_the_channels() -> None:
         stage.channel.end_loan()
         keeper.kept[0].reply(ENTRY)
         assert await stage.channel.request(Opcode.STATFS, 1, b"", reply_size=80) == b""
+
+
+SIZE = 100 << 10
+
+
+async def test_large_writes_one_after_the_other_use_the_same_memory() -> None:
+    """Also when requests that go their own way, as RELEASE does, come in between."""
+
+    def serve(request: DeviceRequest) -> None:
+        request.reply(fuse.WRITE_OUT.values(SIZE) if request.header.opcode == Opcode.WRITE else b"")
+
+    async with on_stage(serve) as stage:
+        body = fuse.WRITE_IN.values(1, 0, SIZE, 0, 0, 0) + bytes(SIZE)
+        for _ in range(10):
+            await stage.call(Opcode.WRITE, 2, body)
+            await stage.call(Opcode.RELEASE, 2, bytes(24))
+            await stage.call(Opcode.ACCESS, 2, bytes(8))
+            await stage.call(Opcode.ACCESS, 2, bytes(8))
+
+        # The slots of one writer: the one with the data, and a page or two of the rest.
+        assert stage.channel.statistics().memory_resident < 2 * SIZE

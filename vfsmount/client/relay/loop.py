@@ -436,6 +436,20 @@ class Relay:
             self._spare = self._pool.take()
         return self._spare
 
+    def _give_back(self, slot: Slot) -> None:
+        """Take a slot back; that with the most memory is the next to be read into.
+
+        New pages cost 0.8 ms a MiB at the first touch, as much as two WRITEs of it.
+        """
+        spare = self._spare
+        if spare is None:
+            self._spare = slot
+        elif spare.touched < slot.touched:
+            self._spare = slot
+            self._pool.put(spare)
+        else:
+            self._pool.put(slot)
+
     def _take(self, slot: Slot, kick: bool) -> bool:
         """Hand one request on, and kick; return whether it needs its slot from now on."""
         at = slot.at
@@ -504,7 +518,7 @@ class Relay:
                         if self._spare is None:
                             self._spare = pending
                         else:
-                            self._pool.put(pending)
+                            self._give_back(pending)
                     else:
                         self._settle(pending)
                 pending = take() if ring.outstanding else None
@@ -530,7 +544,7 @@ class Relay:
         self._answers.answer(slot)
         slot.check = None
         slot.answers = 0
-        self._pool.put(slot)
+        self._give_back(slot)
 
     def _settle(self, slot: Slot) -> None:
         """The device has answered what nobody waits for."""
@@ -540,7 +554,7 @@ class Relay:
             self._late.undo(slot)
         slot.check = None
         slot.answers = 0
-        self._pool.put(slot)
+        self._give_back(slot)
 
     def _finish_own(self, pending: Pending) -> None:
         """A request of our own is through; a write or an open may have waited for it."""
@@ -551,4 +565,4 @@ class Relay:
         abandoned = self._device.unhold(pending)
         if abandoned is not None:
             self._opens.end_change()
-            self._pool.put(abandoned)
+            self._give_back(abandoned)

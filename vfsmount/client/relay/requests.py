@@ -396,8 +396,9 @@ class RequestRules:
         return self._release(slot, at, size, nodeid)
 
     def _note_write(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
-        if at + size > slot.touched:
-            slot.touched = at + size
+        used = at - slot.base + size
+        if used > slot.touched:
+            slot.touched = used
         self._wrote.add(_U64(self._map, at + _IN)[0])
         flags = flags_of_write(self._map, at)
         if flags & _OF_PAGES:

@@ -54,7 +54,7 @@ class Slot(Pending):
         end: Offset behind its memory.
         head: The descriptor reserved for it, or -1.
         view: What the device is read into.
-        touched: Offset behind the last byte used since the last trim.
+        touched: Bytes, from its beginning, that large messages have used since the last trim.
         xattr: Name that a GETXATTR asks for, and how many changes there had been; else None.
         answers: ``unique`` that the kernel waits for; another than the device's only for a wait
             for a lock that was interrupted and asked for again.
@@ -119,8 +119,8 @@ class Slot(Pending):
             return True
         self.data_at = (self.at + size + _OUT + _PAGE - 1) & -_PAGE
         top = self.data_at + room
-        if top > self.touched:
-            self.touched = top
+        if top - self.base > self.touched:
+            self.touched = top - self.base
         return top <= self.end
 
     def reply(self, memory: memoryview) -> memoryview:
@@ -190,15 +190,14 @@ class SlotPool:
 
     def is_bloated(self, limit: int) -> bool:
         """Whether free slots hold more than ``limit`` bytes that ``trim`` would give back."""
-        large = (slot.touched - slot.base for slot in self._free if slot.touched)
-        return sum(size for size in large if size > _SMALL_USE) > limit
+        return sum(slot.touched for slot in self._free if slot.touched > _SMALL_USE) > limit
 
     def trim(self) -> None:
         """Give the memory of free slots back, but for what small messages use."""
         for slot in self._free:
-            start = slot.base + _SMALL_USE
-            if slot.touched > start:
-                self._memory.punch(start, -(-(slot.touched - start) // _PAGE) * _PAGE)
+            if slot.touched > _SMALL_USE:
+                size = -(-(slot.touched - _SMALL_USE) // _PAGE) * _PAGE
+                self._memory.punch(slot.base + _SMALL_USE, size)
                 slot.touched = slot.size = 0  # to be touched again, it has to be measured again
 
     def close(self) -> None:
