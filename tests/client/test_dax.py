@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import subprocess
-import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -16,6 +14,7 @@ import trio.testing
 
 import vfsmount
 from tests.support.daemons import start_daemon
+from tests.support.hammer import hammered
 from tests.support.wait import wait_until_async
 from vfsmount.errors import ChannelBroken, RemoteErrno
 
@@ -395,37 +394,19 @@ async def test_synced_to_the_host(daemon: Daemon, folder: Path) -> None:
         assert file.sent == 0
 
 
-HAMMER = """
-import os, sys
-fd = os.open(sys.argv[1], os.O_RDWR)
-print("ready", flush=True)
-size = int(sys.argv[2])
-while True:
-    for cut in (0, 1, 4096, size // 2, size - 1):
-        os.ftruncate(fd, cut)
-        os.ftruncate(fd, size)
-"""
-
-
 async def test_truncated_by_the_host_all_the_time(daemon: Daemon, folder: Path) -> None:
     """A plain load from a mapping would kill this process here, by SIGBUS."""
     size = 3 * MIB
     async with mapped(daemon, b"a" * size) as file:
-        command = [sys.executable, "-c", HAMMER, str(folder / "file"), str(size)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as hammer:  # noqa: ASYNC220
-            try:
-                assert hammer.stdout is not None
-                assert hammer.stdout.readline() == b"ready\n"
-                short = 0
-                for at in range(3000):
-                    data = await file.read(at * 977 % size, 8192)
-                    short += len(data) < 8192
-                    assert not data.strip(b"a\0b")
-                    await file.write(at * 1009 % (size - 4), b"bbbb")
-                assert file.dax.statistics().hits > 1000
-                assert short
-            finally:
-                hammer.kill()
+        with hammered(folder / "file", size):
+            short = 0
+            for at in range(3000):
+                data = await file.read(at * 977 % size, 8192)
+                short += len(data) < 8192
+                assert not data.strip(b"a\0b")
+                await file.write(at * 1009 % (size - 4), b"bbbb")
+            assert file.dax.statistics().hits > 1000
+            assert short
 
 
 async def test_the_daemon_is_killed(tmp_path: Path, expect_log: Callable[[str], None]) -> None:

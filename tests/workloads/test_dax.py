@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import subprocess
-import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.daemons import start_daemon
+from tests.support.hammer import hammered
 from tests.support.mounts import start_mount
 from tests.support.shares import Shared, messages, open_shared
 from vfsmount.client.mount.status import read_status
@@ -87,31 +86,13 @@ def test_capabilities_are_not_hidden(shared: Shared) -> None:
         assert "security.capability" not in os.listxattr(path)
 
 
-HAMMER = """
-import os, sys
-fd = os.open(sys.argv[1], os.O_RDWR)
-print("ready", flush=True)
-size = int(sys.argv[2])
-while True:
-    for cut in (0, 1, 4096, size // 2, size - 1):
-        os.ftruncate(fd, cut)
-        os.ftruncate(fd, size)
-"""
-
-
 def test_truncated_by_the_host_all_the_time(shared: Shared) -> None:
     size = 3 * MIB
     with mapped_file(shared, size) as (path, fd):
-        command = [sys.executable, "-c", HAMMER, str(path), str(size)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as hammer:
-            try:
-                assert hammer.stdout is not None
-                assert hammer.stdout.readline() == b"ready\n"
-                for at in range(2000):
-                    assert not os.pread(fd, 8192, at * 977 % size).strip(b"a\0b")
-                    os.pwrite(fd, b"bbbb", at * 1009 % (size - 4))
-            finally:
-                hammer.kill()
+        with hammered(path, size):
+            for at in range(2000):
+                assert not os.pread(fd, 8192, at * 977 % size).strip(b"a\0b")
+                os.pwrite(fd, b"bbbb", at * 1009 % (size - 4))
         path.write_bytes(b"short")
         assert os.pread(fd, 100, 0) == b"short"
         assert os.pread(fd, 100, 2 * MIB) == b""
