@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 from tests.support.daemons import DAEMON_KINDS, require_daemon, start_daemon
-from tests.support.environment import TMPFS, tmpfs_problem
+from tests.support.environment import quick_folders
 from tests.support.mounts import start_mount
 from vfsmount.client.mount.status import read_status
 
@@ -47,21 +45,14 @@ class Place(NamedTuple):
 def mounted(request: pytest.FixtureRequest) -> Iterator[Place]:
     kind, engine = request.param
     require_daemon(kind)
-    home = Path(tempfile.mkdtemp(prefix="vfsmount-auto-", dir=None if tmpfs_problem() else TMPFS))
-    host, path = home / "host", home / "mnt"
-    try:
-        host.mkdir()
-        path.mkdir()
-        with (
-            start_daemon(kind, host) as daemon,
-            # What is cached is counted: with a window nothing has to be.
-            start_mount(
-                path, daemon.socket, engine=engine, options=("--timeout", LONG, "--dax=off")
-            ),
-        ):
-            yield Place(host, path)
-    finally:
-        shutil.rmtree(home)
+    # What is cached is counted: with a window nothing has to be.
+    options = ("--timeout", LONG, "--dax=off")
+    with (
+        quick_folders("auto", "host", "mnt") as (host, path),
+        start_daemon(kind, host) as daemon,
+        start_mount(path, daemon.socket, engine=engine, options=options),
+    ):
+        yield Place(host, path)
 
 
 @pytest.fixture

@@ -7,20 +7,19 @@ import mmap
 import os
 import resource
 import subprocess
-import tempfile
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 from tests.support.daemons import DAEMON_KINDS, require_daemon, start_daemon
-from tests.support.environment import unavailable
+from tests.support.environment import quick_folders, unavailable
 from tests.support.mounts import start_mount
 from tests.support.wait import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
 pytestmark = [pytest.mark.needs_fuse, pytest.mark.slow]
 
@@ -45,10 +44,7 @@ def little_room(
     require_daemon(kind)
     if os.geteuid():
         unavailable("only root can mount a tmpfs of little room")
-    with tempfile.TemporaryDirectory(prefix="vfsmount-full-") as name:
-        host, path = Path(name, "host"), Path(name, "mnt")
-        host.mkdir()
-        path.mkdir()
+    with quick_folders("full", "host", "mnt") as (host, path):
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "none", host], check=True)
         extra = ("-o", "writeback") if kind == "c" else ("--writeback",)
         try:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from pathlib import Path
 
 import pytest
 
 from tests.support.daemons import start_daemon
-from tests.support.environment import TMPFS, tmpfs_problem
+from tests.support.environment import quick_folders
 from tests.support.mounts import start_mount
 from vfsmount.client.mount.status import read_status
 from vfsmount.client.readahead import READAHEAD, raise_readahead
@@ -22,31 +19,25 @@ MIB = 1 << 20
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["relay", "pyfuse3"])
 def test_sequential_reads_are_large(engine: str, daemon_kind: str) -> None:
-    home = Path(tempfile.mkdtemp(prefix="vfsmount-ahead-", dir=None if tmpfs_problem() else TMPFS))
-    host, path = home / "host", home / "mnt"
-    try:
-        host.mkdir()
-        path.mkdir()
+    with (
+        quick_folders("ahead", "host", "mnt") as (host, path),
+        start_daemon(daemon_kind, host) as daemon,
+        start_mount(path, daemon.socket, engine=engine, options=["--dax=off"]),
+    ):
         content = os.urandom(16 * MIB)
         (host / "large").write_bytes(content)
-        with (
-            start_daemon(daemon_kind, host) as daemon,
-            start_mount(path, daemon.socket, engine=engine, options=["--dax=off"]),
-        ):
-            before = read_status(str(path))
-            with (path / "large").open("rb", buffering=0) as handle:
-                pieces = iter(lambda: handle.read(128 << 10), b"")
-                assert b"".join(pieces) == content
-            after = read_status(str(path))
-            if before["readahead_bytes"] != READAHEAD:
-                pytest.skip("the kernel's read-ahead cannot be raised here")
-            assert after["requests"]["READ"]["count"] <= 20
-            with (path / "large").open("rb", buffering=0) as handle:
-                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                for at in (9, 3, 12, 6):
-                    assert os.pread(handle.fileno(), 10, at * MIB) == content[at * MIB :][:10]
-    finally:
-        shutil.rmtree(home)
+        before = read_status(str(path))
+        with (path / "large").open("rb", buffering=0) as handle:
+            pieces = iter(lambda: handle.read(128 << 10), b"")
+            assert b"".join(pieces) == content
+        after = read_status(str(path))
+        if before["readahead_bytes"] != READAHEAD:
+            pytest.skip("the kernel's read-ahead cannot be raised here")
+        assert after["requests"]["READ"]["count"] <= 20
+        with (path / "large").open("rb", buffering=0) as handle:
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            for at in (9, 3, 12, 6):
+                assert os.pread(handle.fileno(), 10, at * MIB) == content[at * MIB :][:10]
 
 
 def test_no_such_device() -> None:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 from tests.support.daemons import DAEMON_KINDS, require_daemon, start_daemon
-from tests.support.environment import TMPFS, tmpfs_problem
+from tests.support.environment import quick_folders
 from tests.support.mounts import start_mount
 from vfsmount.client.mount.status import read_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.needs_fuse, pytest.mark.needs_daemon, pytest.mark.slow]
 
@@ -50,26 +48,15 @@ class Place(NamedTuple):
 def here(request: pytest.FixtureRequest) -> Iterator[Place]:
     kind, engine, mode = request.param
     require_daemon(kind)
-    home = Path(tempfile.mkdtemp(prefix="vfsmount-writes-", dir=None if tmpfs_problem() else TMPFS))
-    host, path = home / "host", home / "mnt"
     cache, _, writeback = mode.partition("+")
     extra = ("-o", "writeback") if kind == "c" else ("--writeback",)
-    try:
-        host.mkdir()
-        path.mkdir()
-        with (
-            start_daemon(kind, host, extra=extra if writeback else ()) as daemon,
-            start_mount(
-                path,
-                daemon.socket,
-                engine=engine,
-                cache=cache,
-                options=("--dax=off", *(("--writeback",) if writeback else ())),
-            ),
-        ):
-            yield Place(engine, mode, host, path)
-    finally:
-        shutil.rmtree(home)
+    options = ("--dax=off", *(("--writeback",) if writeback else ()))
+    with (
+        quick_folders("writes", "host", "mnt") as (host, path),
+        start_daemon(kind, host, extra=extra if writeback else ()) as daemon,
+        start_mount(path, daemon.socket, engine=engine, cache=cache, options=options),
+    ):
+        yield Place(engine, mode, host, path)
 
 
 def test_small_writes_are_gathered(here: Place) -> None:

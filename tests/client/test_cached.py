@@ -5,11 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import random
-import shutil
-import tempfile
 from collections import Counter
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,13 +15,14 @@ import trio
 import vfsmount
 from tests.litmus.rows import ROWS, Row, When, look_at
 from tests.support.daemons import start_daemon
-from tests.support.environment import TMPFS, supports_user_xattr, tmpfs_problem
+from tests.support.environment import quick_folders
 from vfsmount.client.cached import CachedSession
 from vfsmount.client.session import setattr_in
 from vfsmount.errors import RemoteErrno
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from pathlib import Path
 
     from vfsmount.wire.fuse import AttrOut
 
@@ -39,10 +37,8 @@ LONG = 600.0
 @pytest.fixture
 def host() -> Iterator[Path]:
     """A folder of the host, in memory where that is possible."""
-    in_memory = not tmpfs_problem() and supports_user_xattr(TMPFS)
-    path = Path(tempfile.mkdtemp(prefix="vfsmount-cached-", dir=TMPFS if in_memory else None))
-    yield path
-    shutil.rmtree(path)
+    with quick_folders("cached", "host") as (path,):
+        yield path
 
 
 class Clock:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,12 +19,13 @@ from tests.contract.session_tree import SessionThread, SessionTree
 from tests.contract.trees import PathTree
 from tests.contract.twin import Twin
 from tests.support.daemons import DAEMON_KINDS, Daemon, require_daemon, start_daemon
-from tests.support.environment import TMPFS, supports_user_xattr, tmpfs_problem, unavailable
+from tests.support.environment import quick_folders, unavailable
 from tests.support.mounts import Mount, start_mount
 from tests.support.wait import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 #: How a share is reached: by the session API, or mounted, with an engine and a cache mode.
 WAYS = ("session", "pyfuse3-none", "pyfuse3-auto", "relay-none", "relay-auto")
@@ -42,22 +41,19 @@ class Site:
     """A daemon, and one way to what it shares.
 
     Attributes:
-        home: Host folder that holds all of it: ``shared``, ``twin`` and ``mnt``.
+        shared: The folder that the daemon shares.
+        twins: A host folder for what is compared with it.
         idle_fds: Files that the daemon holds open when the guest knows nothing but the root.
     """
 
     kind: str
     way: str
-    home: Path
+    shared: Path
+    twins: Path
     daemon: Daemon
     mount: Mount | None = None
     session: SessionThread | None = None
     idle_fds: int = 0
-
-    @property
-    def shared(self) -> Path:
-        """The folder that the daemon shares."""
-        return self.home / "shared"
 
     def check_alive(self) -> None:
         """Fail at once, and say why, when an earlier test was the end of the daemon or mount."""
@@ -71,7 +67,7 @@ class Site:
     def twin(self) -> Iterator[Twin]:
         """Make a folder for one test, and its twin; compare both at the end."""
         name = f"test-{next(_numbers)}"
-        shared, host = self.shared / name, self.home / "twin" / name
+        shared, host = self.shared / name, self.twins / name
         for folder in (shared, host):
             folder.mkdir()
         try:
@@ -102,32 +98,21 @@ class Site:
 def open_site(kind: str, way: str) -> Iterator[Site]:
     """Start a daemon and a session or mount."""
     require_daemon(kind)
-    with ExitStack() as stack:
-        home = make_home()
-        stack.callback(shutil.rmtree, home)
-        for folder in ("shared", "twin", "mnt"):
-            (home / folder).mkdir()
-        daemon = stack.enter_context(start_daemon(kind, home / "shared"))
-        site = Site(kind, way, home, daemon)
+    with quick_folders("contract", "shared", "twin", "mnt") as folders, ExitStack() as stack:
+        shared, twins, path = folders
+        daemon = stack.enter_context(start_daemon(kind, shared))
+        site = Site(kind, way, shared, twins, daemon)
         if way == "session":
             site.session = SessionThread(daemon.socket)
             stack.callback(site.session.stop)
         else:
             engine, cache = way.split("-")
             site.mount = stack.enter_context(
-                start_mount(home / "mnt", daemon.socket, cache=cache, engine=engine)
+                start_mount(path, daemon.socket, cache=cache, engine=engine)
             )
         site.idle_fds = daemon.fd_count()
         yield site
         assert "Traceback" not in daemon.stderr, daemon.stderr
-
-
-def make_home() -> Path:
-    """Make a folder that everybody may enter, in memory where that has extended attributes."""
-    in_memory = not tmpfs_problem() and supports_user_xattr(TMPFS)
-    home = Path(tempfile.mkdtemp(prefix="vfsmount-contract-", dir=TMPFS if in_memory else None))
-    home.chmod(0o755)
-    return home
 
 
 def site_parameters() -> list[object]:

@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import struct
 import subprocess
-import tempfile
 import threading
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.daemons import start_daemon
-from tests.support.environment import TMPFS, tmpfs_problem
+from tests.support.environment import quick_folders
 from tests.support.mounts import Mount, start_mount
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.needs_fuse, pytest.mark.slow]
 
@@ -93,15 +90,6 @@ def check(folder: Path, writer: Writer) -> int:
     return sum(number > 0 for synced in writer.synced for number in synced)
 
 
-@contextmanager
-def home() -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix="vfsmount-killed-", dir=None if tmpfs_problem() else TMPFS))
-    for name in ("host", "mnt"):
-        (path / name).mkdir()
-    yield path
-    shutil.rmtree(path)
-
-
 def write_until_killed(mount: Mount, seed: int) -> Writer:
     """Write, and kill the mount's process meanwhile."""
     moment = random.Random(seed)
@@ -134,19 +122,19 @@ def write_until_killed(mount: Mount, seed: int) -> Writer:
 @pytest.mark.parametrize("kind", ["bundled", pytest.param("rust", marks=pytest.mark.needs_daemon)])
 def test_synced_is_at_the_host(kind: str, engine: str, writeback: bool, seed: int) -> None:
     options = ["--writeback"] * writeback
-    with home() as path:
+    with quick_folders("killed", "host", "mnt") as (host, path):
         with (
             start_daemon(
                 kind,
-                path / "host",
+                host,
                 writeback=writeback and kind != "bundled",
                 extra=options if kind == "bundled" else [],
             ) as daemon,
             start_mount(
-                path / "mnt", daemon.socket, engine=engine, options=options, expected_status=-9
+                path, daemon.socket, engine=engine, options=options, expected_status=-9
             ) as mount,
         ):
             writer = write_until_killed(mount, seed)
         # The daemon is gone, too: nothing is written any more.
-        synced = check(path / "host", writer)
+        synced = check(host, writer)
     print(f"{synced} slots synced")

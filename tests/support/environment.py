@@ -5,12 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 
-__all__ = ["fuse_problem", "in_ci", "supports_user_xattr", "tmpfs_problem", "unavailable"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = [
+    "fuse_problem",
+    "in_ci",
+    "quick_folders",
+    "supports_user_xattr",
+    "tmpfs_problem",
+    "unavailable",
+]
 
 TMPFS = Path("/dev/shm")
 
@@ -57,3 +68,20 @@ def supports_user_xattr(folder: Path) -> bool:
         except OSError:
             return False
     return True
+
+
+@contextmanager
+def quick_folders(prefix: str, *names: str) -> Iterator[list[Path]]:
+    """Make folders of these names in a fresh one, in memory where that has extended attributes.
+
+    Everybody may enter the fresh one. All is removed at the end.
+    """
+    in_memory = not tmpfs_problem() and supports_user_xattr(TMPFS)
+    with tempfile.TemporaryDirectory(
+        prefix=f"vfsmount-{prefix}-", dir=TMPFS if in_memory else None
+    ) as home:
+        os.chmod(home, 0o755)
+        folders = [Path(home, name) for name in names]
+        for folder in folders:
+            folder.mkdir()
+        yield folders

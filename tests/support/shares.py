@@ -6,22 +6,20 @@ all; the real ones serve one connection each, so each mount gets a daemon of its
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.support.daemons import Daemon, start_daemon
-from tests.support.environment import TMPFS, supports_user_xattr, tmpfs_problem
+from tests.support.environment import quick_folders
 from tests.support.mounts import Mount, start_mount
 from vfsmount.client.mount.status import read_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 __all__ = ["Shared", "messages", "open_shared"]
 
@@ -88,18 +86,14 @@ def open_shared(
         daemon_cache: What the daemon would have cached: ``none``, ``auto`` or ``always``.
         daemon_options: More arguments of the daemon, as its kind spells them.
     """
-    in_memory = not tmpfs_problem() and supports_user_xattr(TMPFS)
-    home = Path(tempfile.mkdtemp(prefix="vfsmount-share-", dir=TMPFS if in_memory else None))
-    home.chmod(0o755)
     words = [*options, *(["--writeback"] if writeback else [])]
     extra = ["--cache", daemon_cache] if kind == "bundled" else []
     extra += ["--writeback"] if writeback and kind == "bundled" else []
     extra += daemon_options
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, home)
-        shared = Shared(kind, engine, cache, home / "host", [], [])
-        shared.host.mkdir()
-        for number in range(mounts):
+    names = [f"mnt{number}" for number in range(mounts)]
+    with quick_folders("share", "host", *names) as (host, *paths), ExitStack() as stack:
+        shared = Shared(kind, engine, cache, host, [], [])
+        for path in paths:
             if kind != "bundled" or not shared.daemons:
                 shared.daemons.append(
                     stack.enter_context(
@@ -113,8 +107,6 @@ def open_shared(
                         )
                     )
                 )
-            path = home / f"mnt{number}"
-            path.mkdir()
             socket = shared.daemons[-1].socket
             shared.mounts.append(
                 stack.enter_context(

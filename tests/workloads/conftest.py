@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.daemons import DAEMON_KINDS, Daemon, require_daemon, start_daemon
-from tests.support.environment import TMPFS, tmpfs_problem
+from tests.support.environment import quick_folders
 from tests.support.mounts import Mount, start_mount
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 ENGINES = ("relay", "pyfuse3")
 
@@ -51,26 +50,19 @@ def open_share(
 ) -> Iterator[Share]:
     """Start a daemon and mount what it shares."""
     require_daemon(kind)
-    in_memory = not tmpfs_problem()
-    home = Path(tempfile.mkdtemp(prefix="vfsmount-work-", dir=TMPFS if in_memory else None))
-    try:
-        host, path, local = home / "shared", home / "mnt", home / "local"
-        for folder in (host, path, local):
-            folder.mkdir()
-        with (
-            start_daemon(kind, host) as daemon,
-            start_mount(
-                path,
-                daemon.socket,
-                cache=cache,
-                engine=engine,
-                options=options,
-                expected_status=expected_status,
-            ) as mount,
-        ):
-            yield Share(host, path, local, daemon, mount)
-    finally:
-        shutil.rmtree(home)
+    with (
+        quick_folders("work", "shared", "mnt", "local") as (host, path, local),
+        start_daemon(kind, host) as daemon,
+        start_mount(
+            path,
+            daemon.socket,
+            cache=cache,
+            engine=engine,
+            options=options,
+            expected_status=expected_status,
+        ) as mount,
+    ):
+        yield Share(host, path, local, daemon, mount)
 
 
 @pytest.fixture(

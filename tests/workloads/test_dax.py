@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
-import tempfile
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.daemons import start_daemon
+from tests.support.environment import quick_folders
 from tests.support.hammer import hammered
 from tests.support.mounts import start_mount
 from tests.support.shares import Shared, messages, open_shared
@@ -21,6 +19,7 @@ from vfsmount.errors import ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.needs_fuse, pytest.mark.slow]
 
@@ -102,10 +101,10 @@ def test_truncated_by_the_host_all_the_time(shared: Shared) -> None:
 def test_daemon_killed_with_mappings_live() -> None:
     """What is mapped stays; what is not fails, and the mount can be taken down as ever."""
     with (
-        start_daemon("bundled", path := Path(tempfile.mkdtemp(dir="/dev/shm"))) as daemon,
-        tempfile.TemporaryDirectory() as mnt,
+        quick_folders("dax", "host", "mnt") as (path, mnt),
+        start_daemon("bundled", path) as daemon,
         start_mount(
-            Path(mnt),
+            mnt,
             daemon.socket,
             cache="none",
             engine="pyfuse3",
@@ -114,7 +113,7 @@ def test_daemon_killed_with_mappings_live() -> None:
         ),
     ):
         (path / "file").write_bytes(b"a" * 5 * MIB)
-        fd = os.open(Path(mnt, "file"), os.O_RDWR)
+        fd = os.open(mnt / "file", os.O_RDWR)
         for _ in range(30):
             os.pwrite(fd, b"a", 0)
         daemon.kill()
@@ -123,11 +122,10 @@ def test_daemon_killed_with_mappings_live() -> None:
         for call in (
             lambda: os.pread(fd, 3, 4 * MIB),
             lambda: os.pwrite(fd, b"b", 5 * MIB),
-            lambda: os.stat(Path(mnt, "file")),
+            lambda: os.stat(mnt / "file"),
         ):
             with pytest.raises(OSError, match=r"not connected|Input/output error"):
                 call()
         assert os.pread(fd, 3, 0) == b"aaa"
         with suppress(OSError):
             os.close(fd)
-    shutil.rmtree(path)

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import stat
 import struct
 import subprocess
-import tempfile
 import termios
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 from tests.support.daemons import start_daemon
-from tests.support.environment import TMPFS, tmpfs_problem
+from tests.support.environment import quick_folders
 from tests.support.mounts import Mount, start_mount
 from vfsmount.hostd.fs.share import Share, ShareOptions
 from vfsmount.hostd.server import Server, listen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.needs_fuse, pytest.mark.needs_daemon]
 
@@ -46,18 +44,12 @@ class Here(NamedTuple):
 
 @contextmanager
 def mounted() -> Iterator[Here]:
-    home = Path(tempfile.mkdtemp(prefix="vfsmount-relay-", dir=None if tmpfs_problem() else TMPFS))
-    host, path = home / "host", home / "mnt"
-    try:
-        host.mkdir()
-        path.mkdir()
-        with (
-            start_daemon("bundled", host) as daemon,
-            start_mount(path, daemon.socket, cache="auto", engine="relay") as mount,
-        ):
-            yield Here(host, path, mount)
-    finally:
-        shutil.rmtree(home)
+    with (
+        quick_folders("relay", "host", "mnt") as (host, path),
+        start_daemon("bundled", host) as daemon,
+        start_mount(path, daemon.socket, cache="auto", engine="relay") as mount,
+    ):
+        yield Here(host, path, mount)
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +130,10 @@ def test_inode_flags_are_the_hosts(here: Here, kind: str) -> None:
 @contextmanager
 def mounted_with_lists() -> Iterator[tuple[Path, Path]]:
     """A mount of a share that heeds access control lists, and the folder that it shows."""
-    home = Path(tempfile.mkdtemp(prefix="vfsmount-relay-", dir=None if tmpfs_problem() else TMPFS))
-    home.chmod(0o755)
-    host, path, socket = home / "host", home / "mnt", str(home / "socket")
-    host.mkdir()
-    path.mkdir()
     with (
+        quick_folders("relay", "host", "mnt") as (host, path),
         Share(host, ShareOptions(posix_acl=True)) as share,
-        Server(share, listen(socket), path=socket) as server,
+        Server(share, listen(socket := f"{host}.socket"), path=socket) as server,
     ):
         thread = threading.Thread(target=server.run)
         thread.start()
@@ -155,7 +143,6 @@ def mounted_with_lists() -> Iterator[tuple[Path, Path]]:
         finally:
             server.stop()
             thread.join(10)
-            shutil.rmtree(home)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="acts as somebody else")

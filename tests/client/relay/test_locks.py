@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 from tests.support.daemons import Daemon, start_daemon
-from tests.support.environment import TMPFS, tmpfs_problem
+from tests.support.environment import quick_folders
 from tests.support.mounts import start_mount
 from tests.support.wait import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
     from typing import Self
 
 pytestmark = [pytest.mark.needs_fuse, pytest.mark.needs_daemon]
@@ -159,7 +157,7 @@ def first_to_answer(*processes: Process) -> Process:
     return by_pipe[ended[0]]
 
 
-class Sides:
+class Sides(NamedTuple):
     """The host directory, and two mounts of it.
 
     Attributes:
@@ -169,23 +167,21 @@ class Sides:
         daemon: The daemon.
     """
 
-    def __init__(self, home: Path, daemon: Daemon) -> None:
-        self.host, self.one, self.two = home / "host", home / "one", home / "two"
-        self.daemon = daemon
+    host: Path
+    one: Path
+    two: Path
+    daemon: Daemon
 
 
 @pytest.fixture(scope="module")
 def sides() -> Iterator[Sides]:
-    home = Path(tempfile.mkdtemp(prefix="vfsmount-locks-", dir=None if tmpfs_problem() else TMPFS))
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, home)
-        for name in ("host", "one", "two"):
-            (home / name).mkdir()
-        daemon = stack.enter_context(start_daemon("bundled", home / "host"))
-        sides = Sides(home, daemon)
-        for path in (sides.one, sides.two):
-            stack.enter_context(start_mount(path, daemon.socket, engine="relay"))
-        yield sides
+    with (
+        quick_folders("locks", "host", "one", "two") as (host, one, two),
+        start_daemon("bundled", host) as daemon,
+        start_mount(one, daemon.socket, engine="relay"),
+        start_mount(two, daemon.socket, engine="relay"),
+    ):
+        yield Sides(host, one, two, daemon)
 
 
 @contextmanager

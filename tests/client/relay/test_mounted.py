@@ -16,22 +16,21 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.daemons import start_daemon
-from tests.support.environment import TMPFS, tmpfs_problem
+from tests.support.environment import quick_folders
 from tests.support.mounts import start_mount
 from tests.support.wait import wait_until
 from vfsmount.client.mount.status import read_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from tests.support.daemons import Daemon
     from tests.support.mounts import Mount
@@ -76,24 +75,17 @@ def place(
     kind: str, cache: str = "auto", extra: tuple[str, ...] = (), mounts: int = 1
 ) -> Iterator[list[Place]]:
     """Mount one share, or the same one several times, each over a daemon of its own."""
-    home = Path(tempfile.mkdtemp(prefix="vfsmount-relay-", dir=None if tmpfs_problem() else TMPFS))
-    host, other = home / "host", home / "other"
-    try:
-        host.mkdir()
-        other.mkdir()
-        with ExitStack() as stack:
-            places = []
-            for number in range(mounts):
-                path = home / f"mnt{number}"
-                path.mkdir()
-                daemon = stack.enter_context(start_daemon(kind, host, extra=extra))
-                mount = stack.enter_context(
-                    start_mount(path, daemon.socket, cache=cache, engine="relay")
-                )
-                places.append(Place(host, path, other, mount))
-            yield places
-    finally:
-        shutil.rmtree(home)
+    names = [f"mnt{number}" for number in range(mounts)]
+    with quick_folders("relay", "host", "other", *names) as folders, ExitStack() as stack:
+        host, other, *paths = folders
+        places = []
+        for path in paths:
+            daemon = stack.enter_context(start_daemon(kind, host, extra=extra))
+            mount = stack.enter_context(
+                start_mount(path, daemon.socket, cache=cache, engine="relay")
+            )
+            places.append(Place(host, path, other, mount))
+        yield places
 
 
 @pytest.fixture(scope="module", params=["c-none", "c-auto", "rust-none", "rust-auto"])
@@ -340,19 +332,14 @@ def test_a_killed_caller_gets_away_from_a_mute_daemon(kind: str) -> None:
 
 @contextmanager
 def place_with_daemon(kind: str, status: int = 0) -> Iterator[tuple[Place, Daemon]]:
-    home = Path(tempfile.mkdtemp(prefix="vfsmount-relay-"))
-    try:
-        for name in ("host", "other", "mnt"):
-            (home / name).mkdir()
-        with (
-            start_daemon(kind, home / "host") as daemon,
-            start_mount(
-                home / "mnt", daemon.socket, cache="none", engine="relay", expected_status=status
-            ) as mount,
-        ):
-            yield Place(home / "host", home / "mnt", home / "other", mount), daemon
-    finally:
-        shutil.rmtree(home)
+    with (
+        quick_folders("relay", "host", "mnt", "other") as (host, path, other),
+        start_daemon(kind, host) as daemon,
+        start_mount(
+            path, daemon.socket, cache="none", engine="relay", expected_status=status
+        ) as mount,
+    ):
+        yield Place(host, path, other, mount), daemon
 
 
 @pytest.mark.parametrize("kind", ["c", "rust"])
