@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import resource
@@ -14,6 +13,7 @@ import pytest
 
 from tests.support.daemons import DAEMON_KINDS, require_daemon, start_daemon
 from tests.support.environment import quick_folders, unavailable
+from tests.support.errors import error_of
 from tests.support.mounts import start_mount
 from tests.support.wait import wait_until
 
@@ -90,7 +90,7 @@ def overfull(here: Place, name: str) -> Iterator[list[int]]:
         yield handles
     finally:
         for fd in handles:
-            told(os.close, fd)
+            error_of(os.close, fd)
         (here.path / name).unlink()
 
 
@@ -100,19 +100,10 @@ def has_room(here: Place) -> bool:
     return state.f_bfree * state.f_bsize >= ROOM - 8 * KIB
 
 
-def told(call: Callable[..., object], *args: object) -> str:
-    """What a program is told: the name of an error, or nothing."""
-    try:
-        call(*args)
-    except OSError as error:
-        return errno.errorcode[error.errno or 0]
-    return ""
-
-
 def test_fsync_tells_each_handle_that_wrote(here: Place) -> None:
     with overfull(here, "fsync") as (one, two, _):
-        assert told(os.fsync, one) == "ENOSPC"
-        assert told(os.fsync, two) == "ENOSPC"
+        assert error_of(os.fsync, one) == "ENOSPC"
+        assert error_of(os.fsync, two) == "ENOSPC"
 
 
 #: A and B have written and R only reads; what is done, and what it tells. Write-behind, which tries
@@ -154,10 +145,10 @@ def test_each_handle_is_told_once(here: Place, order: str, mapped: bool) -> None
     try:
         with fill(handles["A"], 0, mapped), fill(handles["B"], 1, mapped):
             steps = [step.split() for step in order.split(", ")]
-            found = [told(do[what], *whose) or "-" for what, *whose in steps]
+            found = [error_of(do[what], *whose) or "-" for what, *whose in steps]
     finally:
         for fd in handles.values():
-            told(os.close, fd)
+            error_of(os.close, fd)
         path.unlink()
     assert " ".join(found) == ORDERS[order]
 
@@ -177,7 +168,7 @@ def fill(fd: int, part: int, mapped: bool) -> Iterator[None]:
 
 def test_close_tells(here: Place) -> None:
     with overfull(here, "close") as handles:
-        assert [told(os.close, handles.pop(0)) for _ in range(2)] == ["ENOSPC", "ENOSPC"]
+        assert [error_of(os.close, handles.pop(0)) for _ in range(2)] == ["ENOSPC", "ENOSPC"]
 
 
 def test_each_is_told_once_and_nothing_is_forgotten(here: Place) -> None:
@@ -189,17 +180,17 @@ def test_each_is_told_once_and_nothing_is_forgotten(here: Place) -> None:
     try:
         os.pwrite(one, b"1" * 64 * KIB, 0)
         os.pwrite(two, b"2" * 64 * KIB, 64 * KIB)
-        assert told(os.fsync, one) == "ENOSPC"
+        assert error_of(os.fsync, one) == "ENOSPC"
         filler.unlink()
-        assert told(os.fsync, one) == ""
-        assert told(os.fsync, two) == "ENOSPC"
-        assert told(os.fsync, two) == ""
+        assert error_of(os.fsync, one) == ""
+        assert error_of(os.fsync, two) == "ENOSPC"
+        assert error_of(os.fsync, two) == ""
         if here.engine == "pyfuse3":
             expected = b"1" * 64 * KIB + b"2" * 64 * KIB
             assert (here.path / "kept").read_bytes() == expected
             assert (here.host / "kept").read_bytes() == expected
     finally:
-        assert told(os.close, one) == told(os.close, two) == ""
+        assert error_of(os.close, one) == error_of(os.close, two) == ""
         (here.path / "kept").unlink()
 
 
@@ -207,12 +198,12 @@ def test_what_is_cut_off_is_not_written_later(here: Place) -> None:
     """Also if it could not be written before."""
     with overfull(here, "cut") as (one, two, other):
         os.ftruncate(other, 1000)
-        told(os.fsync, one)
-        assert told(os.fsync, one) == ""
+        error_of(os.fsync, one)
+        assert error_of(os.fsync, one) == ""
         assert (here.host / "cut").read_bytes() == b"0" * 1000
-        told(os.fsync, two)
+        error_of(os.fsync, two)
         os.close(os.open(here.path / "cut", os.O_WRONLY | os.O_TRUNC))
-        assert told(os.fsync, two) == ""
+        assert error_of(os.fsync, two) == ""
         assert (here.host / "cut").read_bytes() == b""
 
 
@@ -227,11 +218,11 @@ def test_mapped_pages_without_writeback(daemon_kind: str, engine: str, cache: st
         (here.path / "mapped").open("w+b", buffering=0) as file,
     ):
         file.truncate(WRITTEN)
-        if cache == "none" and told(lambda: mmap.mmap(file.fileno(), 1).close()) == "ENODEV":
+        if cache == "none" and error_of(lambda: mmap.mmap(file.fileno(), 1).close()) == "ENODEV":
             pytest.skip("this kernel has no shared maps of files that it does not cache")
         with mmap.mmap(file.fileno(), WRITTEN) as pages:
             pages[:] = b"m" * WRITTEN
-            assert told(pages.flush) == "ENOSPC"
+            assert error_of(pages.flush) == "ENOSPC"
 
 
 def test_errno_is_the_hosts() -> None:
@@ -246,6 +237,6 @@ def test_errno_is_the_hosts() -> None:
             with start_mount(mnt, daemon.socket, engine="relay", options=["--writeback"]):
                 one, two = (os.open(mnt / "file", os.O_WRONLY | os.O_CREAT) for _ in range(2))
                 os.pwrite(one, b"1", ROOM)
-                assert [told(os.close, fd) for fd in (one, two)] == ["EFBIG", "EFBIG"]
+                assert [error_of(os.close, fd) for fd in (one, two)] == ["EFBIG", "EFBIG"]
         finally:
             mnt.rmdir()

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.contract.steps import get, put
-from tests.contract.trees import PathTree, failure
+from tests.contract.trees import PathTree
+from tests.support.errors import error_name
 
 if TYPE_CHECKING:
     from tests.contract.trees import Tree
@@ -271,7 +272,7 @@ def test_locks_between_handles(twin: Twin) -> None:
                 try:
                     fcntl.flock(two.fd, wanted | fcntl.LOCK_NB)
                 except OSError as error:
-                    results.append(failure(error))
+                    results.append(error_name(error))
             fcntl.flock(one.fd, fcntl.LOCK_UN)
             fcntl.flock(two.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return results

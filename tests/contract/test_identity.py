@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import pytest
 
 from tests.contract.steps import get, put
-from tests.contract.trees import failure
+from tests.support.errors import error_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,7 +147,7 @@ def test_refused(private: Twin, call: Callable[[Tree], object]) -> None:
     with pytest.raises(PermissionError) as caught:
         as_alice(call)(private.host)
     # EACCES, or EPERM for a hard link where the sysctl fs.protected_hardlinks is set.
-    private.fails(failure(caught.value), as_alice(call))
+    private.fails(error_name(caught.value), as_alice(call))
 
 
 @pytest.mark.only("none", "auto")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.contract.steps import put
-from tests.contract.trees import OFFSET_MAX, failure
+from tests.contract.trees import OFFSET_MAX
+from tests.support.errors import error_name
 from tests.support.wait import wait_until
 from vfsmount.wire.fuse import LockType
 
@@ -80,9 +81,9 @@ def _step(handle: Handle, what: str, arguments: list[int]) -> object:
     try:
         return call(*arguments)
     except OSError as error:
-        if failure(error) == "ENOSYS":  # no locks at all
+        if error_name(error) == "ENOSYS":  # no locks at all
             raise
-        return failure(error)
+        return error_name(error)
 
 
 @pytest.mark.parametrize("name", HISTORIES)

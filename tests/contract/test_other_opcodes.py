@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 from typing import TYPE_CHECKING
 
@@ -12,12 +11,11 @@ import pytest
 from tests.contract.session_tree import SessionHandle, SessionTree, stat_of
 from tests.contract.steps import get, put
 from tests.contract.trees import PathHandle, Stat
+from tests.support.errors import error_of
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import InitFlag
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
     import vfsmount
     from tests.contract.trees import Tree
     from tests.contract.twin import Twin
@@ -47,15 +45,6 @@ def opened(tree: Tree, name: bytes, flags: int = os.O_RDWR) -> SessionHandle | P
     handle = tree.open(name, flags)
     assert isinstance(handle, SessionHandle | PathHandle)
     return handle
-
-
-def error_of(tree: SessionTree, call: Callable[[vfsmount.Session], Awaitable[object]]) -> str:
-    """Return the name of the error that a request is answered with, "" for none."""
-    try:
-        tree.run(call)
-    except OSError as error:
-        return errno.errorcode[error.errno or 0]
-    return ""
 
 
 def test_init(twin: Twin, tree: SessionTree) -> None:
@@ -120,7 +109,7 @@ def test_lseek_beyond_the_end(twin: Twin, tree: SessionTree) -> None:
     handle = opened(tree, b"file")
     assert isinstance(handle, SessionHandle)
 
-    error = error_of(tree, lambda s: s.lseek(handle.nodeid, handle.fh, 100, os.SEEK_DATA))
+    error = error_of(tree.run, lambda s: s.lseek(handle.nodeid, handle.fh, 100, os.SEEK_DATA))
 
     handle.close()
     assert error == "ENXIO"
@@ -149,7 +138,7 @@ def test_copy_file_range(twin: Twin, tree: SessionTree) -> None:
 
 
 def test_syncfs(tree: SessionTree) -> None:
-    assert error_of(tree, lambda session: session.syncfs()) == ""
+    assert error_of(tree.run, lambda session: session.syncfs()) == ""
 
 
 def test_statx(twin: Twin, tree: SessionTree) -> None:
@@ -161,7 +150,7 @@ def test_statx(twin: Twin, tree: SessionTree) -> None:
             attributes = (await session.getattr(entry.nodeid)).attr
             return await session.statx(entry.nodeid), stat_of(attributes)
 
-    if error_of(tree, ask) == "ENOSYS":
+    if error_of(tree.run, ask) == "ENOSYS":
         assert twin.kind in ("c", "rust")
         return
     found, plain = tree.run(ask)
@@ -186,7 +175,7 @@ def test_tmpfile(tree: SessionTree) -> None:
             session.forget(entry.nodeid)
             return content
 
-    if error_of(tree, make) not in ("ENOSYS", "EOPNOTSUPP"):
+    if error_of(tree.run, make) not in ("ENOSYS", "EOPNOTSUPP"):
         assert tree.run(make) == b"content"
     assert tree.listdir() == []
 
@@ -200,11 +189,11 @@ def test_what_a_daemon_need_not_know(twin: Twin, tree: SessionTree) -> None:
     lock = fuse.LkIn(fh, 1, 0, 10, fuse.LockType.WRITE, os.getpid(), 0)
 
     errors = [
-        error_of(tree, lambda session: session.getlk(node, lock)),
-        error_of(tree, lambda session: session.setlk(node, lock)),
-        error_of(tree, lambda session: session.ioctl(node, fh, 0x5401)),
-        error_of(tree, lambda session: session.poll(node, fh, 1)),
-        error_of(tree, lambda session: session.bmap(node, 0, 512)),
+        error_of(tree.run, lambda session: session.getlk(node, lock)),
+        error_of(tree.run, lambda session: session.setlk(node, lock)),
+        error_of(tree.run, lambda session: session.ioctl(node, fh, 0x5401)),
+        error_of(tree.run, lambda session: session.poll(node, fh, 1)),
+        error_of(tree.run, lambda session: session.bmap(node, 0, 512)),
     ]
 
     handle.close()
@@ -217,13 +206,13 @@ def test_unknown_opcode(tree: SessionTree, opcode: int) -> None:
 
     Not sent: CUSE_INIT (4096), after which virtiofsd (C) answers everything with EIO.
     """
-    assert error_of(tree, lambda s: s.raw(opcode, 1, bytes(64), 256)) == "ENOSYS"
+    assert error_of(tree.run, lambda s: s.raw(opcode, 1, bytes(64), 256)) == "ENOSYS"
     assert tree.listdir() == []
 
 
 def test_stale_node(tree: SessionTree) -> None:
     """A nodeid that the daemon never gave is an error, not a crash."""
-    assert error_of(tree, lambda s: s.getattr(0xDEAD_BEEF)) in (
+    assert error_of(tree.run, lambda s: s.getattr(0xDEAD_BEEF)) in (
         "EBADF",
         "ESTALE",
         "EINVAL",
@@ -239,7 +228,7 @@ def test_stale_handle(twin: Twin, tree: SessionTree) -> None:
         async with tree.node(b"file") as entry:
             await session.read(entry.nodeid, 0xDEAD_BEEF, 0, 10)
 
-    assert error_of(tree, read) == "EBADF"
+    assert error_of(tree.run, read) == "EBADF"
 
 
 @pytest.mark.parametrize("name", [b"", b".", b"..", b"a/b", b"/etc", b"../../etc"])
@@ -253,7 +242,7 @@ def test_names_that_would_lead_elsewhere(twin: Twin, tree: SessionTree, name: by
             entry = await session.mkdir(folder.nodeid, name, 0o755)
             session.forget(entry.nodeid)
 
-    assert error_of(tree, make) in ("EINVAL", "EEXIST", "ENOENT")
+    assert error_of(tree.run, make) in ("EINVAL", "EEXIST", "ENOENT")
 
 
 def test_dotdot_of_the_root_is_the_root(tree: SessionTree) -> None:
@@ -264,7 +253,7 @@ def test_dotdot_of_the_root_is_the_root(tree: SessionTree) -> None:
             session.forget(up.nodeid)
         return root, up.attr.ino
 
-    if (error := error_of(tree, ask)) == "":
+    if (error := error_of(tree.run, ask)) == "":
         root, up = tree.run(ask)
         assert up == root
     else:

@@ -33,7 +33,6 @@ __all__ = [
     "Stat",
     "Statfs",
     "Tree",
-    "failure",
 ]
 
 NOW: Final = (1 << 30) - 1
@@ -165,13 +164,6 @@ class Tree(Protocol):
     def caller(
         self, uid: int, gid: int, groups: tuple[int, ...] = ()
     ) -> AbstractContextManager[None]: ...
-
-
-def failure(error: OSError) -> str:
-    """Return an error's symbolic name: ENOENT."""
-    import errno
-
-    return errno.errorcode.get(error.errno or 0, str(error.errno))
 
 
 def _checked(result: int) -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from tests.contract.deviations import known_deviation
-from tests.contract.trees import PathTree, Stat, failure
+from tests.contract.trees import PathTree, Stat
+from tests.support.errors import error_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,12 +70,12 @@ class Twin:
             call: What to do.
             case: Name of the case in the table of known deviations, where it has one.
         """
-        expected = _error_of(lambda: call(self.host))
+        expected = error_of(lambda: call(self.host))
         assert expected == error, f"the host directory says {expected!r}, not {error}"
         deviation = known_deviation(case, self.kind, self.way)
         if deviation is not None:
             error = deviation.error
-        found = _error_of(lambda: call(self.tree))
+        found = error_of(lambda: call(self.tree))
         assert found == error, f"{found!r} instead of {error!r}; {deviation=}"
 
     def same_unless_known(self, call: Callable[[Tree], object], case: str) -> None:
@@ -83,7 +84,7 @@ class Twin:
         if deviation is None:
             self.same(call)
         else:
-            found = _error_of(lambda: call(self.tree))
+            found = error_of(lambda: call(self.tree))
             assert found == deviation.error, f"{found!r} instead of {deviation=}"
 
     def check(self) -> None:
@@ -106,14 +107,6 @@ class Twin:
         # Blocks are allocated when the host's file system likes to.
         found, expected = found._replace(blocks=0), expected._replace(blocks=0)
         assert found == expected, f"{name!r}: {_difference(found, expected)}"
-
-
-def _error_of(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except OSError as error:
-        return failure(error)
-    return ""
 
 
 def _difference(found: object, expected: object) -> str:

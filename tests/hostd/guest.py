@@ -9,6 +9,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any
 
+from tests.support.errors import error_name
 from vfsmount.hostd.fs.dispatch import FuseServer
 from vfsmount.hostd.fs.session import Session
 from vfsmount.wire import fuse
@@ -265,6 +266,6 @@ class expect_errno:  # reads like pytest.raises
         assert error is not None, f"succeeded; expected {wanted}"
         if not isinstance(error, OSError):
             return False
-        got = errno.errorcode.get(error.errno or 0, str(error.errno))
+        got = error_name(error)
         assert error.errno in self.numbers, f"{got}; expected {wanted}"
         return True

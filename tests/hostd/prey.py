@@ -6,7 +6,6 @@ guest admitted. What the attack got for an answer is the attack's own business.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import socket
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from tests.hostd.frontend import Disconnected, Frontend
 from tests.hostd.guest import ROOT
 from tests.support.daemons import start_daemon
+from tests.support.errors import error_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -124,5 +124,5 @@ def outcome(attack: Callable[[], object]) -> str:
     except Disconnected:
         return "closed"
     except OSError as error:
-        return errno.errorcode[error.errno or 0].replace("ENOTSUP", "EOPNOTSUPP")  # one number
+        return error_name(error).replace("ENOTSUP", "EOPNOTSUPP")  # one number
     return "served"

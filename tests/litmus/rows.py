@@ -11,10 +11,11 @@ more may be stale for a while, but ESTALE or EBADF where walking the path anew s
 from __future__ import annotations
 
 import enum
-import errno
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from tests.support.errors import outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,10 +73,7 @@ class Row:
 
 def look_at(row: Row, folder: Path, fd: int) -> object:
     """Look, and return what is seen: a value, or the name of an error."""
-    try:
-        return row.see(folder, fd)
-    except OSError as error:
-        return errno.errorcode[error.errno or 0]
+    return outcome(row.see, folder, fd)
 
 
 # --- preparations --------------------------------------------------------------------------------

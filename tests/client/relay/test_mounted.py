@@ -24,6 +24,7 @@ import pytest
 
 from tests.support.daemons import start_daemon
 from tests.support.environment import quick_folders
+from tests.support.errors import outcome
 from tests.support.mounts import start_mount
 from tests.support.wait import wait_until
 from vfsmount.client.mount.status import read_status
@@ -61,13 +62,6 @@ class Place:
         expected, found = outcome(call, self.other), outcome(call, self.path)
         assert found == expected
         return found
-
-
-def outcome(call: Callable[[Path], object], folder: Path) -> object:
-    try:
-        return call(folder)
-    except OSError as error:
-        return errno.errorcode[error.errno or 0]
 
 
 @contextmanager
