@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -174,28 +175,30 @@ def test_getlk_tells_who(guest: DirectGuest, pair: tuple[Process, Process]) -> N
     assert Process(guest, 9).test(READ, 0, 8) == (0, 8, UNLOCK, 0)
 
 
-def test_flush_gives_up_what_the_owner_has_and_nobody_elses(guest: DirectGuest, file: Path) -> None:
-    one, two, three = (Process(guest, owner) for owner in (7, 8, 9))
+@contextmanager
+def first_gives_up(guest: DirectGuest, third: Process) -> Iterator[Process]:
+    """One of two that have a lock each; after the block its lock is free, the other's is not."""
+    one, two = Process(guest, 7), Process(guest, 8)
     one.lock(WRITE, 0, 4)
     two.lock(WRITE, 5, 9)
-    duplicate = Process(guest, 7)
-    duplicate.flush()
-
-    three.lock(WRITE, 0, 4)
+    yield one
+    third.lock(WRITE, 0, 4)
     with expect_errno("EAGAIN"):
-        three.lock(WRITE, 5, 9)
+        third.lock(WRITE, 5, 9)
+
+
+@pytest.mark.usefixtures("file")
+def test_flush_gives_up_what_the_owner_has_and_nobody_elses(guest: DirectGuest) -> None:
+    with first_gives_up(guest, Process(guest, 9)):
+        duplicate = Process(guest, 7)
+        duplicate.flush()
 
 
 @pytest.mark.usefixtures("file")
 def test_a_handle_takes_its_own_locks_along(guest: DirectGuest, other: DirectGuest) -> None:
     """Open file descriptions are owners, of whose end nothing but RELEASE tells."""
-    one, two, three = Process(guest, 7), Process(guest, 8), Process(other, 9)
-    one.lock(WRITE, 0, 4)
-    two.lock(WRITE, 5, 9)
-    one.close()
-    three.lock(WRITE, 0, 4)
-    with expect_errno("EAGAIN"):
-        three.lock(WRITE, 5, 9)
+    with first_gives_up(guest, Process(other, 9)) as one:
+        one.close()
 
 
 @pytest.mark.usefixtures("file")
