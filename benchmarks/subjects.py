@@ -139,7 +139,8 @@ def _vfsmount(kind: str, engine: str = "auto", dax: str = "off", mark: str = "")
     def command(stage: Stage) -> Iterator[list[str]]:
         # No extended attributes: neither peer serves them, and where a daemon does, the kernel
         # asks for security.capability before each write. The bundled daemon always does.
-        with start_daemon(kind, stage.source, cache=stage.cache, xattr=False) as daemon:
+        cache = None if kind == "bundled" else stage.cache
+        with start_daemon(kind, stage.source, cache=cache, xattr=False) as daemon:
             words = [sys.executable, "-m", "vfsmount", str(stage.mountpoint)]
             words += ["--socket", str(daemon.socket), "--cache", stage.cache, "-f"]
             words += ["--engine", engine, *(["--dax", dax] if dax else [])]

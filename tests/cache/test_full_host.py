@@ -46,10 +46,9 @@ def little_room(
         unavailable("only root can mount a tmpfs of little room")
     with quick_folders("full", "host", "mnt") as (host, path):
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "none", host], check=True)
-        extra = ("-o", "writeback") if kind == "c" else ("--writeback",)
         try:
             with (
-                start_daemon(kind, host, extra=extra if writeback else ()) as daemon,
+                start_daemon(kind, host, writeback=writeback) as daemon,
                 start_mount(
                     path,
                     daemon.socket,

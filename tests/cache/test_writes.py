@@ -49,11 +49,10 @@ def here(request: pytest.FixtureRequest) -> Iterator[Place]:
     kind, engine, mode = request.param
     require_daemon(kind)
     cache, _, writeback = mode.partition("+")
-    extra = ("-o", "writeback") if kind == "c" else ("--writeback",)
     options = ("--dax=off", *(("--writeback",) if writeback else ()))
     with (
         quick_folders("writes", "host", "mnt") as (host, path),
-        start_daemon(kind, host, extra=extra if writeback else ()) as daemon,
+        start_daemon(kind, host, writeback=bool(writeback)) as daemon,
         start_mount(path, daemon.socket, engine=engine, cache=cache, options=options),
     ):
         yield Place(engine, mode, host, path)

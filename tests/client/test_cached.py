@@ -468,7 +468,7 @@ async def test_many_tasks_share_a_view(host: Path) -> None:
 
 async def test_mode_host_heeds_the_daemon(host: Path) -> None:
     (host / "x").write_bytes(b"content")
-    with start_daemon("bundled", host, extra=["--cache", "always"]) as daemon:
+    with start_daemon("bundled", host, cache="always") as daemon:
         async with vfsmount.connect(daemon.socket) as guest:
             with guest.cached(vfsmount.CachePolicy.for_mode("host")) as files:
                 await files.stat("x")

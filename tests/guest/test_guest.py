@@ -91,21 +91,20 @@ def guest(
     if not supports_user_xattr(folder):
         unavailable(f"{folder} has no extended attributes of users")
     queues = QUEUES if kind == "bundled" else 1
+    writeback = cache == "writeback"
     with (
         prepared(folder),
-        start_daemon(kind, folder, cache=cache, extra=arguments(kind, cache)) as daemon,
+        start_daemon(
+            kind,
+            folder,
+            cache="auto" if writeback else cache,
+            writeback=writeback,
+            extra=["--request-queues", str(QUEUES)] if kind == "bundled" else [],
+        ) as daemon,
     ):
         report = boot(initramfs, daemon.socket, queues=queues)
         inner = {path.name: path.read_text() for path in (folder / "submount/inner").iterdir()}
         return Guest(kind, cache, folder, inner, report, daemon.stderr)
-
-
-def arguments(kind: str, cache: str) -> list[str]:
-    """What the bundled daemon is told besides."""
-    if kind != "bundled":
-        return []
-    mode = ["--cache", "auto", "--writeback"] if cache == "writeback" else ["--cache", cache]
-    return [*mode, "--request-queues", str(QUEUES)]
 
 
 @contextmanager
@@ -329,8 +328,8 @@ def test_paused_enlarged_and_reset(initramfs: Path, tmp_path: Path) -> None:
         monitor.say("cont")
 
     disturb = {"folders": pause, "rename": plug_memory, "xattr": pause, "big_file": reset}
-    extra = [*arguments("bundled", "auto"), "--log-level", "debug"]
-    with prepared(tmp_path), start_daemon("bundled", tmp_path, extra=extra) as daemon:
+    extra = ["--request-queues", str(QUEUES), "--log-level", "debug"]
+    with prepared(tmp_path), start_daemon("bundled", tmp_path, cache="auto", extra=extra) as daemon:
         report = boot(initramfs, daemon.socket, disturb=disturb)
         log = daemon.stderr
 

@@ -124,12 +124,7 @@ def test_synced_is_at_the_host(kind: str, engine: str, writeback: bool, seed: in
     options = ["--writeback"] * writeback
     with quick_folders("killed", "host", "mnt") as (host, path):
         with (
-            start_daemon(
-                kind,
-                host,
-                writeback=writeback and kind != "bundled",
-                extra=options if kind == "bundled" else [],
-            ) as daemon,
+            start_daemon(kind, host, writeback=writeback) as daemon,
             start_mount(
                 path, daemon.socket, engine=engine, options=options, expected_status=-9
             ) as mount,

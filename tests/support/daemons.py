@@ -176,7 +176,7 @@ def start_daemon(
     kind: str,
     source: str | os.PathLike[str],
     *,
-    cache: str = "none",
+    cache: str | None = None,
     xattr: bool = True,
     writeback: bool = False,
     extra: Sequence[str] = (),
@@ -186,9 +186,10 @@ def start_daemon(
     Args:
         kind: One of `DAEMON_KINDS`.
         source: The folder to share.
-        cache: ``none``, ``auto`` or ``always``; the bundled daemon has no such option.
-        xattr: Whether extended attributes are served; the bundled daemon always does.
-        writeback: Whether the guest's write-back cache is accepted; the bundled daemon decides.
+        cache: ``none``, ``auto`` or ``always``; by default the bundled daemon's own, and ``none``
+            for the others.
+        xattr: Whether extended attributes are served; the bundled daemon always does here.
+        writeback: Whether the guest's write-back cache is accepted.
         extra: More arguments, as this kind of daemon spells them; none that makes a real one fork
             (a namespace sandbox, ``--daemonize``), or `Daemon.pid` would be the wrong process.
 
@@ -224,13 +225,15 @@ def _fetched(kind: str) -> Path:
 
 
 def _command(
-    kind: str, source: Path, socket: Path, cache: str, xattr: bool, writeback: bool
+    kind: str, source: Path, socket: Path, cache: str | None, xattr: bool, writeback: bool
 ) -> list[str]:
     if kind == "bundled":
         # As users get it. Mere users (whom Ubuntu 24.04 allows no namespaces) go without a sandbox,
         # which is what --source does for them.
         command = [sys.executable, "-m", "vfsmount", "serve", str(source), "--sandbox=auto"]
-        return [*command, "--socket", str(socket)]
+        command += ["--socket", str(socket)] + ["--writeback"] * writeback
+        return command + (["--cache", cache] if cache else [])
+    cache = cache or "none"
     command = [str(_fetched(kind)), f"--socket-path={socket}"]
     if kind == "c":
         # The namespace sandbox forks, and needs more rights than a container gives.

@@ -87,9 +87,6 @@ def open_shared(
         daemon_options: More arguments of the daemon, as its kind spells them.
     """
     words = [*options, *(["--writeback"] if writeback else [])]
-    extra = ["--cache", daemon_cache] if kind == "bundled" else []
-    extra += ["--writeback"] if writeback and kind == "bundled" else []
-    extra += daemon_options
     names = [f"mnt{number}" for number in range(mounts)]
     with quick_folders("share", "host", *names) as (host, *paths), ExitStack() as stack:
         shared = Shared(kind, engine, cache, host, [], [])
@@ -103,7 +100,7 @@ def open_shared(
                             cache=daemon_cache,
                             xattr=xattr,
                             writeback=writeback,
-                            extra=extra,
+                            extra=daemon_options,
                         )
                     )
                 )
