@@ -227,15 +227,11 @@ def test_mapped_pages_without_writeback(daemon_kind: str, engine: str, cache: st
 def test_errno_is_the_hosts() -> None:
     """The kernel has ENOSPC, and EIO for all the rest."""
     with (
-        tempfile.TemporaryDirectory(prefix="vfsmount-limit-") as name,
-        start_daemon("bundled", Path(name), extra=["--writeback"]) as daemon,
+        quick_folders("limit", "host", "mnt") as (host, path),
+        start_daemon("bundled", host, writeback=True) as daemon,
     ):
         resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (ROOM, ROOM))
-        mnt = Path(tempfile.mkdtemp(prefix="vfsmount-mnt-"))
-        try:
-            with start_mount(mnt, daemon.socket, engine="relay", options=["--writeback"]):
-                one, two = (os.open(mnt / "file", os.O_WRONLY | os.O_CREAT) for _ in range(2))
-                os.pwrite(one, b"1", ROOM)
-                assert [error_of(os.close, fd) for fd in (one, two)] == ["EFBIG", "EFBIG"]
-        finally:
-            mnt.rmdir()
+        with start_mount(path, daemon.socket, engine="relay", options=["--writeback"]):
+            one, two = (os.open(path / "file", os.O_WRONLY | os.O_CREAT) for _ in range(2))
+            os.pwrite(one, b"1", ROOM)
+            assert [error_of(os.close, fd) for fd in (one, two)] == ["EFBIG", "EFBIG"]
