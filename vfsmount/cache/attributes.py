@@ -62,6 +62,10 @@ class Attributes:
         """They have changed, or the number may come back as another node's."""
         self._known.pop(nodeid, None)
 
+    def clear(self) -> None:
+        """Nothing of any node is to be believed any more."""
+        self._known.clear()
+
     def check_invariants(self) -> None:
         """Raise AssertionError unless all is within bounds."""
         assert len(self._known) <= self._limit

@@ -135,6 +135,11 @@ class Pages:
         for index in list(self._files.get(nodeid, ())):
             self._remove(nodeid, index)
 
+    def clear(self) -> None:
+        """Nothing of any file is to be believed any more."""
+        for nodeid in {*self._files, *self._fetches}:
+            self.drop(nodeid)
+
     def check_invariants(self) -> None:
         """Raise AssertionError unless all is counted and within bounds."""
         assert self._size == sum(len(block) + _OVERHEAD for block in self._blocks.values())

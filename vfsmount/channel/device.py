@@ -129,6 +129,14 @@ class Channel:
         return self.offer.config
 
     @property
+    def orphans(self) -> int:
+        """Requests of callers who went away that the device may carry out at any time.
+
+        What is asked while there are some may be answered from before or after that.
+        """
+        return self._requests.orphans
+
+    @property
     def num_request_queues(self) -> int:
         """Request queues that the device has; we use the first."""
         return self.offer.num_request_queues

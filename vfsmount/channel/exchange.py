@@ -72,6 +72,7 @@ class Exchange:
         room: Requests that wait for room, and how each is submitted, in order.
         error: Why it has ended, or None.
         abandoned: Requests so far whose caller went away.
+        orphans: Those of them that the device still has, and may carry out at any time.
         busy: Set when a task parks; whoever looks after mute requests replaces it.
     """
 
@@ -90,6 +91,7 @@ class Exchange:
         self.room: deque[tuple[Pending, Callable[[Pending], bool]]] = deque()
         self.error: VfsmountError | None = None
         self.abandoned = 0
+        self.orphans = 0
         self.busy = trio.Event()
         self._map = memory.map
         self._arena = arena
@@ -257,6 +259,7 @@ class Exchange:
         self.abandoned += 1
         if pending.state == SENT:
             pending.state = ABANDONED
+            self.orphans += 1
             return
         self.room = deque(entry for entry in self.room if entry[0] is not pending)
         if self.error is None:
@@ -308,6 +311,7 @@ class Exchange:
             self.admit()
 
     def _clean_up(self, pending: Pending) -> None:
+        self.orphans -= 1
         body = self._map[pending.data_at : pending.data_at + pending.length]
         self._arena.free(pending.block)
         if pending.on_abandoned is not None and not pending.errno:

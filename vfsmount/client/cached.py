@@ -18,6 +18,8 @@ Rules inside:
   back as another node's.
 * ``_changes`` counts changes made here, when they are through. Answers to what was asked before the
   last one are used, but not believed.
+* A change whose caller was cancelled counts as through, and may be carried out at any time
+  until the daemon answers it. Nothing that is asked meanwhile is believed (``_version``).
 """
 
 from __future__ import annotations
@@ -155,7 +157,7 @@ class CachedSession:
 
     async def _lookup(self, parent: int, name: bytes) -> int:
         """Ask where a name leads; the node is pinned once."""
-        sent, before = self._clock(), self._changes
+        sent, before = self._clock(), self._version()
         try:
             entry = await self._session.lookup(parent, name)
         except RemoteErrno as error:
@@ -221,6 +223,10 @@ class CachedSession:
         self._fresh.forget(nodeid)
         self._session.forget(nodeid, count)
 
+    def _version(self) -> int:
+        """Return what ``_changes`` has to be still when an answer comes that is to be believed."""
+        return -1 if self._session.channel.orphans else self._changes
+
     # --- looking ---------------------------------------------------------------------------------
 
     async def stat(self, where: Where) -> fuse.Attr:
@@ -230,7 +236,7 @@ class CachedSession:
             return attr or await self._getattr(nodeid)
 
     async def _getattr(self, nodeid: int) -> fuse.Attr:
-        sent, before = self._clock(), self._changes
+        sent, before = self._clock(), self._version()
         reply = await self._session.getattr(nodeid)
         if before == self._changes:
             theirs = reply.attr_valid + reply.attr_valid_nsec / 1e9
@@ -283,7 +289,7 @@ class CachedSession:
         self, nodeid: int, *, plus: bool, found: dict[bytes, fuse.Attr] | None = None
     ) -> list[bytes]:
         """Fetch a listing, and keep it if it may be; ``found`` gets attributes that came along."""
-        sent, before = self._clock(), self._changes
+        sent, before = self._clock(), self._version()
         names: list[bytes] = []
         opened = await self._session.opendir(nodeid)
         try:
@@ -315,7 +321,7 @@ class CachedSession:
         names: list[bytes],
         found: dict[bytes, fuse.Attr] | None,
     ) -> int | None:
-        sent, before = self._clock(), self._changes
+        sent, before = self._clock(), self._version()
         entries = await self._session.readdirplus(nodeid, fh, position, _LISTING)
         for listed in entries:
             if listed.name in _DOTS:
@@ -356,7 +362,7 @@ class CachedSession:
         """Drop contents that are old; False when the file has no name any more."""
         if not self._policy.revalidate:
             return True
-        before = self._changes
+        before = self._version()
         verdict = self._fresh.open(nodeid, signature_of(await self._getattr(nodeid)))
         if not verdict.keep_pages or before != self._changes:
             self._pages.drop(nodeid)
@@ -400,9 +406,10 @@ class CachedSession:
             return data, len(data) < wanted
         start = position - position % BLOCK
         size = min(_AHEAD, limit) // BLOCK * BLOCK if wanted > BLOCK else BLOCK
+        sure = self._version() >= 0
         with self._pages.fetching(nodeid) as fetch:
             data = await self._session.read(nodeid, fh, start, size)
-            if fetch.is_true:
+            if fetch.is_true and sure:
                 self._pages.put(nodeid, start, data, ends=len(data) < size)
         return data[position - start :][:wanted], len(data) < size
 
@@ -432,6 +439,18 @@ class CachedSession:
                 yield
         finally:
             self._names.drop(parent, name)
+
+    @contextmanager
+    def _emptying(self) -> Iterator[None]:
+        """Whoever leaves before the answer does not know which file will be empty."""
+        try:
+            yield
+        except RemoteErrno:
+            raise
+        except BaseException:  # a cancellation, above all
+            self._pages.clear()
+            self._attributes.clear()
+            raise
 
     @asynccontextmanager
     async def _moving_name(self, parent: int, name: bytes) -> AsyncIterator[None]:
@@ -491,8 +510,8 @@ class CachedSession:
         """
         flags = os.O_WRONLY | os.O_TRUNC
         async with self._name(path) as (parent, name):
-            sent, before = self._clock(), self._changes
-            with self._changing_name(parent, name):
+            sent, before = self._clock(), self._version()
+            with self._changing_name(parent, name), self._emptying():
                 entry, opened = await self._session.create(parent, name, flags, mode)
                 alone = before == self._changes
             with self._pinned(entry.nodeid):
@@ -516,7 +535,7 @@ class CachedSession:
     async def mkdir(self, path: Where, mode: int = 0o777) -> None:
         """Make a directory; there is no umask here."""
         async with self._name(path) as (parent, name):
-            sent, before = self._clock(), self._changes
+            sent, before = self._clock(), self._version()
             with self._changing_name(parent, name):
                 entry = await self._session.mkdir(parent, name, mode)
                 alone = before == self._changes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from types import SimpleNamespace
 from typing import Any
 
 from vfsmount.client.session import InitFacts
@@ -28,6 +29,7 @@ class FakeSession:
 
     Attributes:
         facts: What INIT settled.
+        channel: Has ``orphans``, requests that the daemon may still carry out.
         calls: (method, positional arguments) in order.
         answers: Method name to what it returns, or to an exception that it raises.
     """
@@ -35,6 +37,7 @@ class FakeSession:
     def __init__(self, flags: InitFlag = NO_FLAGS, limit: int = 1 << 20) -> None:
         self.facts = InitFacts(45, flags, 1 << 20, limit, limit, 1, 0)
         self.dax = None
+        self.channel = SimpleNamespace(orphans=0)
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.answers: dict[str, Any] = {"getattr": fuse.AttrOut(1, 0, attributes())}
 

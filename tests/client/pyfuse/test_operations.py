@@ -82,6 +82,18 @@ async def test_lookup_hands_on_the_hosts_numbers() -> None:
     assert (found.entry_timeout, found.attr_timeout) == (1.0, 1.0)
 
 
+async def test_nothing_is_believed_while_a_late_change_may_come() -> None:
+    """Its caller has been told ETIMEDOUT; the daemon may carry it out all the same."""
+    session = FakeSession()
+    ops = operations(session)
+    session.channel.orphans = 1
+    session.answers["lookup"] = entry(5)
+    found = await ops.lookup(inode(1), b"name", ROOT)
+    assert (found.entry_timeout, found.attr_timeout) == (0.0, 0.0)
+    session.answers["lookup"] = RemoteErrno(1, 1, errno.ENOENT)
+    assert (await ops.lookup(inode(1), b"absent", ROOT)).entry_timeout == 0.0
+
+
 @pytest.mark.parametrize("answer", [RemoteErrno(1, 1, errno.ENOENT), entry(0)])
 async def test_absence_is_a_negative_entry(answer: object) -> None:
     session = FakeSession()

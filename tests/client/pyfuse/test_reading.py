@@ -130,6 +130,22 @@ async def test_at_random_nothing_else_is_read(stage: Stage) -> None:
     assert stage.reads == [(at, 4096) for at in places]
 
 
+async def test_nothing_is_kept_while_a_late_write_may_come(stage: Stage) -> None:
+    """The first was asked for before it, and answered before it, too."""
+    stage.host.channel.orphans = 1
+    stage.host.slow = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stage.ops.read, stage.fh, 0, PIECE)
+        await wait_all_tasks_blocked()
+        stage.host.channel.orphans = 0
+        stage.host.slow.set()
+    assert stage.ops.reading is not None
+    assert not stage.ops.reading.pages.size
+    before = len(stage.reads)
+    await stage.read(0)
+    assert len(stage.reads) > before
+
+
 async def test_kept(stage: Stage) -> None:
     for at in range(0, 2 * MIB, PIECE):
         await stage.read(at)

@@ -177,7 +177,7 @@ class DirectoryHandlers(Handlers):
             return
         lines.append(found.name)
         sent, version = directory.asked
-        if version == self._version():
+        if version == self._version() >= 0:
             self._keep_name(directory.node, found.name, found.entry, sent)
 
     def _keep_name(self, parent: Node, name: bytes, entry: fuse.EntryOut, sent: float) -> None:
@@ -189,7 +189,7 @@ class DirectoryHandlers(Handlers):
         """All was handed on; keep it if nothing was changed meanwhile."""
         lines, directory.lines = directory.lines, None
         sent, version = directory.since
-        if self._listings is not None and lines is not None and version == self._version():
+        if self._listings is not None and lines is not None and version == self._version() >= 0:
             self._listings.keep(directory.node.nodeid, lines, sent)
 
     async def _hand_on_kept(
@@ -213,15 +213,15 @@ class DirectoryHandlers(Handlers):
         known = self._listings.known(parent.nodeid, name)
         if known is not None:
             attributes = self._attributes(self.nodes.hold(known.nodeid), known.attr)
-            attributes.attr_timeout -= known.age
-            attributes.entry_timeout -= known.age
+            attributes.attr_timeout = max(0.0, attributes.attr_timeout - known.age)
+            attributes.entry_timeout = max(0.0, attributes.entry_timeout - known.age)
         else:
             asked = time.monotonic(), self._version()
             entry = await self._find(parent, name)
             if entry is None:
                 return True
             attributes = self._enter(entry)
-            if asked[1] == self._version():
+            if asked[1] == self._version() >= 0:
                 self._keep_name(parent, name, entry, asked[0])
         if pyfuse3.readdir_reply(token, name, attributes, cookie):
             return True

@@ -170,7 +170,7 @@ class Handlers(pyfuse3.Operations):
 
     def _enter(self, entry: fuse.EntryOut) -> EntryAttributes:
         out = self._attributes(self.nodes.enter(entry.nodeid, entry.attr), entry.attr, entry)
-        if self._policy.from_host:
+        if self._policy.from_host and self._version() >= 0:
             out.entry_timeout = entry.entry_valid + entry.entry_valid_nsec / 1e9
         return out
 
@@ -191,6 +191,8 @@ class Handlers(pyfuse3.Operations):
         out.attr_timeout = policy.attr_timeout
         if policy.from_host and reply is not None:
             out.attr_timeout = reply.attr_valid + reply.attr_valid_nsec / 1e9
+        if self._version() < 0:
+            out.attr_timeout = out.entry_timeout = 0.0
         out.st_mode = attr.mode
         out.st_nlink = attr.nlink
         out.st_uid = attr.uid
@@ -241,7 +243,12 @@ class Handlers(pyfuse3.Operations):
             listings.changed_name(node[args[2]].nodeid, args[3])
 
     def _version(self) -> int:
-        """What was asked at another version may be old."""
+        """What was asked at another version, or at -1, may be old.
+
+        A change that has timed out may be carried out at any time, until the daemon answers it.
+        """
+        if self._session.channel.orphans:
+            return -1
         return self._changes + (self.behind.written if self.behind is not None else 0)
 
     def _wrote(self, nodeid: int, start: int, size: int) -> None:

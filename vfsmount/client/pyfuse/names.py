@@ -48,7 +48,7 @@ class NameHandlers(Handlers):
     def _absent(self) -> EntryAttributes:
         attributes = EntryAttributes()
         attributes.st_ino = pyfuse3.InodeT(0)
-        attributes.entry_timeout = self._policy.negative_timeout
+        attributes.entry_timeout = self._policy.negative_timeout if self._version() >= 0 else 0.0
         return attributes
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
@@ -137,7 +137,7 @@ class NameHandlers(Handlers):
             age = time.monotonic() - parked[1]
             if age < self._policy.attr_timeout:
                 attributes = self._attributes(node, parked[0])
-                attributes.attr_timeout -= age
+                attributes.attr_timeout = max(0.0, attributes.attr_timeout - age)
                 return attributes
         await self._write_out(node)
         reply = await self._session.getattr(node.nodeid, None, ctx)

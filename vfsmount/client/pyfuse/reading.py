@@ -13,7 +13,8 @@ kernel asks. They are dropped
     by a write, truncation or O_TRUNC made here           those before, which the kernel asks for
     when the kernel forgets the node                      before it reads on past their time
 
-and what is on its way in that moment is not kept either (``Pages.fetching``).
+and what is on its way in that moment is not kept either (``Pages.fetching``). Nor is what was asked
+for while the daemon had a request that timed out: a write may still be carried out.
 """
 
 from __future__ import annotations
@@ -169,8 +170,9 @@ class Reading:
 
     async def _fetch(self, reader: Reader, start: int, size: int) -> bytes:
         """Read by message, and keep whole blocks."""
+        sure = not self._session.channel.orphans
         with self.pages.fetching(reader.nodeid) as fetch:
             data = await self._session.read(reader.nodeid, reader.fh, start, size)
-            if fetch.is_true and not start % BLOCK:
+            if fetch.is_true and sure and not start % BLOCK:
                 self.pages.put(reader.nodeid, start, data, ends=len(data) < size)
         return data
