@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import struct
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,6 +25,7 @@ from tests.hostd.frontend import (
 )
 from tests.hostd.guest import ROOT, expect_errno
 from tests.support.wait import wait_until
+from vfsmount.hostd.polling import ONE_LOOK, PollWindow
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import Opcode
 from vfsmount.wire.vhost_user import (
@@ -86,6 +89,21 @@ def test_files_over_a_ring(
         with expect_errno("ENOENT"):
             frontend.lookup(ROOT, b"nothing")
     assert (folder / "file").read_bytes() == data
+
+
+@pytest.mark.parametrize(("second", "length"), [(10**15, 50_000), (0, ONE_LOOK)])
+def test_the_rings_are_looked_at_once_on_a_processor_that_is_not_ours_alone(
+    share: Share, monkeypatch: pytest.MonkeyPatch, second: int, length: int
+) -> None:
+    monkeypatch.setattr(time, "thread_time_ns", itertools.count(0, second).__next__)
+    windows: list[PollWindow] = []
+    monkeypatch.setattr(PollWindow, "waited", lambda window, _: windows.append(window))
+    with connected(share) as frontend:
+        frontend.handshake()
+        frontend.init()
+        wait_until(lambda: [frontend.getattr(ROOT)] and windows, 5, "a wait for a kick")
+        frontend.getattr(ROOT)
+    assert windows[0].length == length
 
 
 @pytest.mark.parametrize("queue_size", [1, 2, 128, 2048])

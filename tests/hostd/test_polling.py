@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vfsmount.hostd.polling import PollWindow
+from vfsmount.hostd.polling import ONE_LOOK, PollWindow
 
 US = 1000
 
@@ -36,8 +36,22 @@ def test_a_wait_inside_the_window_changes_nothing() -> None:
     assert window.length == 50 * US
 
 
+def test_one_look_where_the_processor_is_shared() -> None:
+    window = PollWindow(50 * US)
+    window.worked(1000 * US, 900 * US)
+    assert window.length == 50 * US
+    window.worked(1000 * US, 800 * US)
+    assert window.length == ONE_LOOK
+    for _ in range(255):
+        window.waited(40 * US)
+        assert window.length == ONE_LOOK
+    window.waited(40 * US)
+    assert window.length == 50 * US
+
+
 def test_it_can_be_turned_off() -> None:
     window = PollWindow(0)
     for duration in (1, 10 * US, 10_000 * US):
         window.waited(duration)
+        window.worked(duration, 0)
         assert window.length == 0

@@ -36,7 +36,7 @@ from vfsmount.hostd.fs.call import Deferred
 from vfsmount.hostd.fs.dispatch import FuseServer
 from vfsmount.hostd.fs.session import Session
 from vfsmount.hostd.messages import close_all, receive, send_reply
-from vfsmount.hostd.polling import PollWindow
+from vfsmount.hostd.polling import ONE_LOOK, PollWindow
 from vfsmount.wire.vhost_user import (
     FRONTEND_MESSAGES,
     FrontendRequest,
@@ -210,6 +210,14 @@ class Connection:
 
     def _serve_rings(self) -> bool:
         """Serve until the rings stay empty for a while; True when there was no end to it."""
+        if self._window.length <= ONE_LOOK:
+            return self._serve_burst()
+        begin, spent = time.monotonic_ns(), time.thread_time_ns()
+        busy = self._serve_burst()
+        self._window.worked(time.monotonic_ns() - begin, time.thread_time_ns() - spent)
+        return busy
+
+    def _serve_burst(self) -> bool:
         rings, left = self._rings, _BURST
         while left > 0:
             idle = True
