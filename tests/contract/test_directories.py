@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import stat
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -147,6 +149,56 @@ def _disturb(tree: Tree, number: int) -> None:
         put(tree, b"passing-%d-%d" % (number, at))
     for at in range(4):
         tree.unlink(b"passing-%d-%d" % (number, at))
+
+
+@pytest.mark.only("none", "auto")
+def test_changes_between_two_looks_at_a_listing(twin: Twin) -> None:
+    """What is listed after a change was made here does not bring back what was before it."""
+    names = [b"file-%03d" % number for number in range(400)]
+    for tree in twin.both():
+        for name in names:
+            put(tree, name)
+
+    def look_and_change(tree: Tree) -> tuple[int, int]:
+        assert isinstance(tree, PathTree)
+        fd = os.open(tree.root, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            found = _getdents(fd)
+            later = names[50:200]
+            for name in later[::3]:
+                tree.unlink(name)
+            for name in later[1::3]:
+                with tree.open(name, os.O_WRONLY) as handle:
+                    handle.pwrite(b"longer", 0)
+            for name in later[2::3]:
+                tree.rename(name, b"new-" + name)
+            while batch := _getdents(fd):
+                found += batch
+        finally:
+            os.close(fd)
+        still_there = {name for name in names if name not in later[::3] + later[2::3]}
+        missing = still_there - set(found)
+        gone = [name for name in later[::3] + later[2::3] if os.path.lexists(tree.path(name))]
+        short = [name for name in later[1::3] if tree.stat(name).size != 6]
+        return len(missing), len(gone) + len(short)
+
+    assert twin.same(look_and_change) == (0, 0)
+
+
+def _getdents(fd: int) -> list[bytes]:
+    """Names of one getdents64(2) of 4 KiB, as the C library asked for when it was smaller."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    room = ctypes.create_string_buffer(4096)
+    length = libc.getdents64(fd, room, len(room))
+    if length < 0:
+        raise OSError(ctypes.get_errno(), "getdents64")
+    data, at, names = room.raw[:length], 0, []
+    while at < length:
+        # struct linux_dirent64: d_ino u64, d_off s64, d_reclen u16, d_type u8, d_name
+        (size,) = struct.unpack_from("<16xH", data, at)
+        names.append(data[at + 19 : at + size].partition(b"\0")[0])
+        at += size
+    return names
 
 
 @pytest.mark.only("session")

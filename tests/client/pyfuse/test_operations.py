@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from typing import TYPE_CHECKING, Any, cast
 
 import pyfuse3
@@ -239,6 +240,7 @@ class Listing:
 
     def __init__(self, session: FakeSession, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.taken: list[tuple[bytes, int]] = []
+        self.attributes: list[pyfuse3.EntryAttributes] = []
         self.room = self._left = room
         session.answers["opendir"] = fuse.OpenOut(9, 0, 0)
         session.answers["readdirplus"] = self.readdirplus
@@ -259,6 +261,7 @@ class Listing:
             return False
         self._left -= 1
         self.taken.append((name, next_id))
+        self.attributes.append(attr)
         return True
 
     async def call(self, ops: VirtioFsOperations, fh: pyfuse3.FileHandleT, start: int) -> None:
@@ -315,6 +318,83 @@ async def test_a_listed_name_without_node_is_looked_up(monkeypatch: pytest.Monke
     fh = await ops.opendir(inode(1), ROOT)
     await listing.call(ops, fh, 0)
     assert [name for name, _ in listing.taken][2:] == [b"file0", b"file1", b"file3", b"file4"]
+
+
+async def test_what_a_change_has_overtaken_is_fetched_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = FakeSession()
+    ops = operations(session)
+    listing = Listing(session, 4, monkeypatch)
+    fh = await ops.opendir(inode(1), ROOT)
+    await listing.call(ops, fh, 0)
+    await ops.unlink(inode(1), b"file3", ROOT)
+    session.calls.clear()
+    await listing.call(ops, fh, 4)
+    assert session.arguments("forget") == [(104, 1), (105, 1), (106, 1)]
+    assert [args[2] for args in session.arguments("readdirplus")] == [4]
+
+
+async def test_what_has_waited_is_valid_for_that_much_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = FakeSession()
+    ops = operations(session)
+    listing = Listing(session, 3, monkeypatch)
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[-1])
+    fh = await ops.opendir(inode(1), ROOT)
+    for start, now in ((0, 100.0), (3, 100.25), (6, 107.0)):
+        clock.append(now)
+        await listing.call(ops, fh, start)
+    times = [(attr.entry_timeout, attr.attr_timeout) for attr in listing.attributes[2:]]
+    assert times == [(1.0, 1.0), *[(0.75, 0.75)] * 3, (0.0, 0.0)]
+
+
+async def test_a_message_of_vanished_names_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = FakeSession()
+    ops = operations(session)
+    listing = Listing(session, 9, monkeypatch)
+    entries, batch = listing.entries, 3
+    entries[3:6] = [one._replace(entry=entry(0)) for one in entries[3:6]]
+    session.answers["readdirplus"] = lambda _n, _fh, at, _size: entries[at : at + batch]
+    session.answers["lookup"] = RemoteErrno(1, 1, errno.ENOENT)
+    assert await read_whole(ops, listing) == [b".", b"..", b"file0", b"file4"]
+
+
+async def test_a_failure_after_some_names_is_told_at_the_next_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = FakeSession()
+    ops = operations(session)
+    listing = Listing(session, 9, monkeypatch)
+    listing.entries[4] = listing.entries[4]._replace(entry=entry(0))
+    session.answers["lookup"] = RemoteErrno(1, 1, errno.EMFILE)
+    fh = await ops.opendir(inode(1), ROOT)
+    await listing.call(ops, fh, 0)
+    assert [name for name, _ in listing.taken] == [b".", b"..", b"file0", b"file1"]
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        await listing.call(ops, fh, 4)
+    assert caught.value.errno == errno.EMFILE
+
+
+async def test_a_listing_that_fails_for_a_removed_name_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As virtiofsd (C) fails: the C library takes ENOENT for the end of a directory."""
+    session = FakeSession()
+    ops = operations(session)
+    listing = Listing(session, 9, monkeypatch)
+    removed = 3
+
+    def readdirplus(_nodeid: int, _fh: int, offset: int, _size: int) -> Any:
+        if offset == removed:
+            return RemoteErrno(44, 1, errno.ENOENT)
+        return listing.entries[offset : removed if offset < removed else None]
+
+    session.answers["readdirplus"] = readdirplus
+    session.answers["readdir"] = lambda _nodeid, _fh, offset, _size: [
+        fuse.DirEntry(*one[1:]) for one in listing.entries[offset : offset + 1]
+    ]
+    session.answers["lookup"] = RemoteErrno(1, 1, errno.ENOENT)
+    names = [one.name for one in listing.entries]
+    assert await read_whole(ops, listing) == names[:removed] + names[removed + 1 :]
 
 
 async def read_whole(ops: VirtioFsOperations, listing: Listing) -> list[bytes]:

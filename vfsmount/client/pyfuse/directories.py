@@ -1,7 +1,13 @@
-"""Handlers of directories: listings, with the attributes of what is listed."""
+"""Handlers of directories: listings, with the attributes of what is listed.
+
+The kernel takes what a listing says for the truth: names lead where it says, files are as long as
+it says. So what was fetched before a change made here is not handed on after it but fetched anew,
+and what has waited is valid for that much less.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -29,7 +35,12 @@ __all__ = ["DirectoryHandlers"]
 
 #: Room of one READDIRPLUS, bytes: 170 to 200 usual names. The kernel reads 4 to 32 KiB at a time.
 LISTING_SIZE = 32768
+#: The same after a change, when the rest would only be fetched to be dropped; grows again.
+_LEAST_SIZE = 4096
+#: Room of a READDIR whose names are looked up one by one: 20 to 30.
+_PLAIN_SIZE = 1024
 
+_NO_ENTRY = fuse.ENTRY_OUT.unpack(bytes(fuse.ENTRY_OUT.size))
 _DOTS = (b".", b"..")
 
 
@@ -39,20 +50,36 @@ class _Directory:
     Each of ``ahead`` holds a reference to its node at the daemon until it is handed on or dropped.
 
     Attributes:
+        position: The cookie from which the kernel goes on.
+        cookie: The one from which the daemon does, behind what is ``ahead``.
+        size: Bytes of the next message.
         kept: The listing that is read from, if it is a kept one.
         lines: What was handed on since the beginning, if it is to be kept; else None.
         since: When it was begun, clock seconds, and the version then.
         asked: The same of what is ``ahead``.
     """
 
-    __slots__ = ("ahead", "asked", "fh", "flags", "kept", "lines", "node", "position", "since")
+    __slots__ = (
+        "ahead",
+        "asked",
+        "cookie",
+        "fh",
+        "flags",
+        "kept",
+        "lines",
+        "node",
+        "position",
+        "since",
+        "size",
+    )
 
     def __init__(self, node: Node, fh: int, flags: int) -> None:
         self.node = node
         self.fh = fh
         self.flags = flags
         self.ahead: deque[fuse.DirEntryPlus] = deque()
-        self.position = 0
+        self.position = self.cookie = 0
+        self.size = LISTING_SIZE
         self.kept: Sequence[bytes] | None = None
         self.lines: list[bytes] | None = None
         self.since = self.asked = (0.0, 0)
@@ -89,33 +116,15 @@ class DirectoryHandlers(Handlers):
             await self._hand_on_kept(directory.kept, directory.node, start_id, token)
             return
         if start_id != directory.position:
-            self._drop_ahead(directory)
-            directory.position = start_id
+            self._turn_back(directory, start_id)
             if start_id:
                 directory.lines = None
-        if not directory.ahead:
-            directory.asked = time.monotonic(), self._version()
-            directory.ahead.extend(
-                await self._session.readdirplus(
-                    directory.node.nodeid, directory.fh, start_id, LISTING_SIZE
-                )
-            )
-            if not directory.ahead:
-                self._keep_listing(directory)
-        while directory.ahead:
-            found = directory.ahead[0]
-            if not found.entry.nodeid and found.name not in _DOTS:
-                entry = await self._find(directory.node, found.name)
-                if entry is None:
-                    directory.ahead.popleft()
-                    continue
-                found = directory.ahead[0] = found._replace(entry=entry)
-            if not self._hand_on(token, found):
+        elif directory.ahead and directory.asked[1] != self._version():
+            self._turn_back(directory, start_id)
+            directory.size = _LEAST_SIZE
+        while await self._have_ahead(directory):
+            if await self._hand_on_ahead(directory, token):
                 return
-            directory.ahead.popleft()
-            directory.position = found.off
-            if directory.lines is not None:
-                self._keep_line(directory, directory.lines, found)
 
     @handler
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
@@ -134,12 +143,68 @@ class DirectoryHandlers(Handlers):
 
     # --- as the daemon lists ---------------------------------------------------------------------
 
-    def _hand_on(self, token: ReaddirToken, found: fuse.DirEntryPlus) -> bool:
+    def _turn_back(self, directory: _Directory, cookie: int) -> None:
+        """Go on from a cookie that the kernel had; what is ahead is of no use."""
+        self._drop_ahead(directory)
+        directory.position = directory.cookie = cookie
+
+    async def _have_ahead(self, directory: _Directory) -> bool:
+        """Have something to hand on; False at the end."""
+        if not directory.ahead:
+            directory.asked = time.monotonic(), self._version()
+            directory.ahead.extend(await self._list(directory))
+            directory.size = min(2 * directory.size, LISTING_SIZE)
+            if directory.ahead:
+                directory.cookie = directory.ahead[-1].off
+            else:
+                self._keep_listing(directory)
+        return bool(directory.ahead)
+
+    async def _list(self, directory: _Directory) -> list[fuse.DirEntryPlus]:
+        """Ask the daemon for what comes next."""
+        where = directory.node.nodeid, directory.fh, directory.cookie
+        try:
+            return await self._session.readdirplus(*where, directory.size)
+        except RemoteErrno as error:
+            if error.errno != errno.ENOENT:
+                raise
+        # virtiofsd (C) says so of a name that it had read before it was removed, and programs take
+        # it for the end. Without attributes it goes on.
+        names = await self._session.readdir(*where, _PLAIN_SIZE)
+        return [fuse.DirEntryPlus(_NO_ENTRY, *one) for one in names]
+
+    async def _hand_on_ahead(self, directory: _Directory, token: ReaddirToken) -> bool:
+        """Hand on what is ahead, as far as there is room; return whether the kernel has got any."""
+        got = False
+        while directory.ahead:
+            found = directory.ahead[0]
+            if not found.entry.nodeid and found.name not in _DOTS:
+                try:
+                    entry = await self._find(directory.node, found.name)
+                except RemoteErrno:
+                    if got:  # the kernel counts these: it is told at its next call
+                        return True
+                    raise
+                if entry is None:
+                    directory.ahead.popleft()
+                    continue
+                found = directory.ahead[0] = found._replace(entry=entry)
+            if not self._hand_on(token, found, time.monotonic() - directory.asked[0]):
+                return True
+            got = True
+            directory.ahead.popleft()
+            directory.position = found.off
+            if directory.lines is not None:
+                self._keep_line(directory, directory.lines, found)
+        return got
+
+    def _hand_on(self, token: ReaddirToken, found: fuse.DirEntryPlus, age: float) -> bool:
         """Offer one entry to the kernel, which counts as a lookup if there is room for it."""
         name, nodeid = found.name, found.entry.nodeid
         if name in _DOTS:
             return self._hand_on_dot(token, name, found.ino or fuse.ROOT_ID, found.off)
         attributes = self._enter(found.entry)
+        _grow_old(attributes, age)
         if pyfuse3.readdir_reply(token, name, attributes, found.off):
             return True
         # It stays in ``ahead`` with its reference: take back only the count towards the kernel.
@@ -156,7 +221,9 @@ class DirectoryHandlers(Handlers):
         """Look up a listed name that came without its node; None when it has gone meanwhile."""
         try:
             entry = await self._session.lookup(parent.nodeid, name)
-        except RemoteErrno:
+        except RemoteErrno as error:
+            if error.errno != errno.ENOENT:
+                raise
             return None
         return entry if entry.nodeid else None
 
@@ -201,7 +268,12 @@ class DirectoryHandlers(Handlers):
             if (dot := read_dot_line(line)) is not None:
                 fits = self._hand_on_dot(token, *dot, cookie)
             else:
-                fits = await self._hand_on_name(token, parent, line, cookie)
+                try:
+                    fits = await self._hand_on_name(token, parent, line, cookie)
+                except RemoteErrno:
+                    if position > start:  # the kernel counts these: it is told at its next call
+                        return
+                    raise
             if not fits:
                 return
 
@@ -213,8 +285,7 @@ class DirectoryHandlers(Handlers):
         known = self._listings.known(parent.nodeid, name)
         if known is not None:
             attributes = self._attributes(self.nodes.hold(known.nodeid), known.attr)
-            attributes.attr_timeout = max(0.0, attributes.attr_timeout - known.age)
-            attributes.entry_timeout = max(0.0, attributes.entry_timeout - known.age)
+            _grow_old(attributes, known.age)
         else:
             asked = time.monotonic(), self._version()
             entry = await self._find(parent, name)
@@ -227,3 +298,9 @@ class DirectoryHandlers(Handlers):
             return True
         self._give_back(self.nodes.forget([(attributes.st_ino, 1)]))
         return False
+
+
+def _grow_old(attributes: EntryAttributes, age: float) -> None:
+    """What was asked for some seconds ago is valid for that much less."""
+    attributes.attr_timeout = max(0.0, attributes.attr_timeout - age)
+    attributes.entry_timeout = max(0.0, attributes.entry_timeout - age)
