@@ -374,6 +374,29 @@ async def test_random_accesses_of_more_files_than_fit(daemon: Daemon, folder: Pa
             guest.forget(nodeid)
 
 
+async def test_set_ups_that_time_out(tmp_path: Path) -> None:
+    """Their ranges are given to nobody before the daemon has answered, and then to all again."""
+    for name in ("file", "other"):
+        (tmp_path / name).write_bytes(b"a" * 2 * RANGE)
+    options = vfsmount.ChannelOptions(request_timeout=0.2)
+    with start_daemon("bundled", tmp_path) as daemon, trio.fail_after(DEADLINE):
+        async with vfsmount.connect(daemon.socket, options=options, dax=2 * RANGE) as guest:
+            assert guest.dax is not None
+            assert guest.window is not None
+            nodes = [(await guest.lookup(1, name)).nodeid for name in (b"file", b"other")]
+            daemon.pause()
+            assert not await guest.dax.map(nodes[0], 0, RANGE)
+            assert not await guest.dax.map(nodes[1], 0, 2 * RANGE)
+            assert guest.window.ranges.lost == 1
+            daemon.resume()
+            await wait_until_async(lambda: not guest.channel.orphans, DEADLINE, "the late reply")
+            assert await guest.dax.map(nodes[1], 0, 2 * RANGE)
+            assert guest.dax.statistics().mapped_ranges == 2
+            guest.window.check_invariants()
+            for nodeid in nodes:
+                guest.forget(nodeid)
+
+
 async def test_extended_attributes_under_other_names(daemon: Daemon, folder: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root sees all names")

@@ -77,6 +77,12 @@ class Ranges(RuleBasedStateMachine):
         self.table.lose(one)
         self.order.remove(key)
         self.lost += 1
+        assert self.table.lost == self.lost
+
+    @rule()
+    def recover(self) -> None:
+        self.table.recover()
+        self.lost = 0
 
     @rule(node=nodes)
     def leave(self, node: int) -> None:

@@ -75,8 +75,18 @@ class DaxStatistics(NamedTuple):
     failures: int
 
 
+class Channel(Protocol):
+    """What is needed of a session's channel."""
+
+    @property
+    def orphans(self) -> int: ...
+
+
 class Requests(Protocol):
     """What is needed of a session."""
+
+    @property
+    def channel(self) -> Channel: ...
 
     def setupmapping(
         self, nodeid: int, foffset: int, length: int, flags: int, moffset: int
@@ -298,7 +308,15 @@ class Dax:
             self._bypassed += 1
 
     def _begin(self, nodeid: int, index: int, write: bool) -> _SetUp | None:
-        """Start setting a part up, or making it writable; None when there is no range for it."""
+        """Start setting a part up, or making it writable; None when there is no range for it.
+
+        Nothing is begun while the daemon has not answered a set-up that has timed out. So no more
+        ranges can be lost than were being set up in that moment.
+        """
+        if self._ranges.lost:
+            if self._session.channel.orphans:
+                return None
+            self._ranges.recover()
         one = self._ranges.find(nodeid, index)
         if one is not None:
             one.pins += 1
@@ -321,7 +339,7 @@ class Dax:
         except RemoteErrno as error:
             log.debug("%s could not be set up: %s", one, error)
             self._failed(one)
-        except VfsmountError:  # perhaps it is mapped, perhaps it will be
+        except VfsmountError:  # perhaps it is mapped, perhaps it will be, until the daemon answers
             self._ranges.lose(one)
         else:
             self._answered(one, write)

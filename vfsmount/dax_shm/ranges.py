@@ -1,13 +1,14 @@
 """The window cut into ranges of one size, and which part of which file each range is for. Pure.
 
 A range is *free*, *reserved* (somebody else's, not ours to look at), *leaving* (its file has gone,
-its mapping is being taken away), or in the table under its key: the node, and which part of the
+its mapping is being taken away), *lost* (nobody knows if something is about to be mapped there), or
+in the table under its key: the node, and which part of the
 file, in ranges. All parts begin at multiples of the range size, so finding one is one look-up.
 
 Ranges in the table are ordered by their last use. When none is free the coldest is given to
 somebody else, unless it is pinned: pinned ranges are in use, or being set up.
 
-Invariants (``check_invariants``): each range of the window is in exactly one of the four states;
+Invariants (``check_invariants``): each range of the window is in exactly one of the five states;
 only ranges in the table are pinned; keys are unique.
 """
 
@@ -85,6 +86,7 @@ class RangeTable:
         self._of_node: dict[int, set[int]] = {}
         self._reserved: set[int] = set()
         self._leaving: set[int] = set()
+        self._lost: list[int] = []
 
     def __len__(self) -> int:
         return self._count
@@ -104,6 +106,11 @@ class RangeTable:
         if found is not None:
             self._table.move_to_end((nodeid, index))
         return found
+
+    @property
+    def lost(self) -> int:
+        """How many are lost."""
+        return len(self._lost)
 
     @property
     def full(self) -> bool:
@@ -165,10 +172,15 @@ class RangeTable:
         self._free.append(moffset)
 
     def lose(self, one: Range) -> None:
-        """Never use a range again: whether and when something gets mapped there is unknown."""
+        """Do not use a range before ``recover``: something may get mapped there at any time."""
         if self._table.get((one.nodeid, one.index)) is one:
             self._take_out(one)
-            self._leaving.add(one.moffset)
+            self._lost.append(one.moffset)
+
+    def recover(self) -> None:
+        """Free what is lost: it is as it is there now, and may be replaced."""
+        self._free += self._lost
+        self._lost.clear()
 
     def has_node(self, nodeid: int) -> bool:
         """Whether a node has ranges."""
@@ -190,10 +202,11 @@ class RangeTable:
     def clear(self) -> None:
         """Free all but the reserved ones: nothing is mapped any more."""
         taken = [one.moffset for one in self._table.values()]
-        self._free += [*taken, *self._leaving]
+        self._free += [*taken, *self._leaving, *self._lost]
         self._table.clear()
         self._of_node.clear()
         self._leaving.clear()
+        self._lost.clear()
 
     def _take_out(self, one: Range) -> None:
         del self._table[one.nodeid, one.index]
@@ -205,7 +218,7 @@ class RangeTable:
     def check_invariants(self) -> None:
         """Raise AssertionError unless the table is as the module says."""
         places = [one.moffset for one in self._table.values()]
-        everywhere = [*self._free, *places, *self._reserved, *self._leaving]
+        everywhere = [*self._free, *places, *self._reserved, *self._leaving, *self._lost]
         assert sorted(everywhere) == [at * self.range_size for at in range(self._count)]
         for key, one in self._table.items():
             assert key == (one.nodeid, one.index)
