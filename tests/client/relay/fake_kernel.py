@@ -17,6 +17,7 @@ import trio
 from tests.support.wait import wait_until_async
 from vfsmount.cache.policy import CachePolicy
 from vfsmount.channel import Channel, ChannelOptions, open_channel
+from vfsmount.client.relay.init import Terms
 from vfsmount.client.relay.loop import Relay
 from vfsmount.testing.fake_device import ALL_FEATURES, DeviceRequest, FakeDevice
 from vfsmount.wire import fuse
@@ -118,11 +119,14 @@ async def on_stage(
                 ours.fileno(),
                 loan,
                 policy,
-                LARGEST,
-                clears_set_id,
+                Terms(
+                    max_message=LARGEST,
+                    clears_set_id=clears_set_id,
+                    quiet_flush=quiet_flush,
+                    keeps_locks=False,
+                    heeds_interrupts=heeds_interrupts,
+                ),
                 lambda violation: token.run_sync_soon(channel.fail, violation),
-                quiet_flush=quiet_flush,
-                heeds_interrupts=heeds_interrupts,
             )
             thread = threading.Thread(target=_run, args=(stage,), daemon=True)
             thread.start()

@@ -24,7 +24,12 @@ from vfsmount.client.pyfuse.operations import VirtioFsOperations
 from vfsmount.client.pyfuse.reading import Reading
 from vfsmount.client.readahead import READAHEAD
 from vfsmount.client.relay.backing import problem
-from vfsmount.client.relay.init import flags_to_withdraw, init_answer, why_no_passthrough
+from vfsmount.client.relay.init import (
+    flags_to_withdraw,
+    init_answer,
+    settled_terms,
+    why_no_passthrough,
+)
 from vfsmount.client.relay.loop import Relay
 from vfsmount.client.relay.passthrough import PASS_FROM
 from vfsmount.client.relay.time_slice import lengthen_slice
@@ -255,21 +260,14 @@ class RelayEngine:
         def violated(violation: ProtocolViolation) -> None:
             token.run_sync_soon(channel.fail, violation)
 
-        facts = self._session.facts
-        largest = max(facts.max_write, facts.max_read)
-        clears = bool(facts.flags & (InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2))
         # The kernel writes back only where the daemon has agreed.
         policy = replace(self._policy, writeback=InitFlag.WRITEBACK_CACHE in self._flags)
         self._relay = relay = Relay(
             self._device,
             loan,
             policy,
-            largest,
-            clears,
+            settled_terms(self._session.facts, self._flags),
             violated,
-            quiet_flush=not policy.writeback,  # which a FLUSH ends
-            keeps_locks=InitFlag.POSIX_LOCKS in self._flags,
-            heeds_interrupts=fuse.HEEDS_INTERRUPT in facts.flags,
             window=None if self._no_passthrough else self._session.window,
             pass_from=0 if self._pass_all else PASS_FROM,
         )

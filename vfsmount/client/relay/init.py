@@ -8,6 +8,7 @@ is repeated with the daemon.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.wire import fuse
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.client.session import InitFacts
 
-__all__ = ["flags_to_withdraw", "init_answer", "why_no_passthrough"]
+__all__ = ["Terms", "flags_to_withdraw", "init_answer", "settled_terms", "why_no_passthrough"]
 
 PAGE_SIZE: Final = 4096
 
@@ -143,4 +144,41 @@ def init_answer(
         # directory of an overlay.
         max_stack_depth=1 if passthrough else 0,
         request_timeout=0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What INIT has settled, as far as the relay has to know it.
+
+    Attributes:
+        max_message: Bytes of the largest READ or WRITE.
+        clears_set_id: The daemon takes set-id bits off when a WRITE says so.
+        quiet_flush: A FLUSH means nothing to the daemon but "tell me of errors in writing", and "I
+            give my locks up". Then one that says neither is answered by the relay.
+        keeps_locks: The daemon has POSIX locks of ours.
+        heeds_interrupts: The daemon ends a wait for a lock when it is told to, on the hiprio queue.
+    """
+
+    max_message: int
+    clears_set_id: bool
+    quiet_flush: bool
+    keeps_locks: bool
+    heeds_interrupts: bool
+
+
+def settled_terms(facts: InitFacts, told: InitFlag) -> Terms:
+    """Return the terms.
+
+    Args:
+        facts: What was settled with the daemon.
+        told: The flags that the kernel was told.
+    """
+    clears = InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2
+    return Terms(
+        max_message=max(facts.max_write, facts.max_read),
+        clears_set_id=bool(facts.flags & clears),
+        quiet_flush=InitFlag.WRITEBACK_CACHE not in told,  # which a FLUSH ends
+        keeps_locks=InitFlag.POSIX_LOCKS in told,
+        heeds_interrupts=fuse.HEEDS_INTERRUPT in facts.flags,
     )

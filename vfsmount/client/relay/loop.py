@@ -7,20 +7,20 @@ reply may be, and made available. The reply is written to the kernel from where 
 Nothing is copied in between, and nothing is decoded but the 40 bytes of the header. What is changed
 on the way is listed in ``rewrite``. This file has the loop; what it joins:
 
-    kernel, device          the two ends
-    requests                requests that are answered, changed or noted here, by opcode
-    answers                 replies
-    late, undo, interrupts  requests answered before their time
-    listings                listings of what the kernel knows
-    opens                   what goes with an OPEN: the check in mode ``auto``, and
-    passthrough             opens that the kernel reads and writes by itself: which; with
-    passed_nodes, set_ups, backing    who uses what; what the daemon and the kernel are asked
-    unwritten               pages that the host would not take
-    memory                  what is remembered so that a write needs no question
-    slots, rooms            where messages lie, and how much room they get
-    orders, ending          what other threads say; the end
-    init                    INIT, before the loop
-    time_slice              who runs next on one CPU
+    kernel, device      the two ends
+    slots, rooms        where messages lie, and how much room they get
+    routes, route       the table: what is done with which opcode, in
+    known, handles, writes, writeback, locks      requests that are answered, changed or noted here
+    answers, rewrite    replies, and what is changed in them
+    late, undo, interrupts      requests answered before their time
+    opens               what goes with an OPEN: the check in mode ``auto``, and
+    passthrough         which files the kernel reads and writes by itself
+    passed_nodes, set_ups, backing      who does; what the daemon and the kernel are asked for that
+    memory, unwritten, listings         what is remembered
+    parts               all that, joined
+    orders, ending      what other threads say; the end
+    init                INIT, before the loop
+    time_slice          who runs next on one CPU
 
 Theory of operation. The loop does whatever there is to do and looks again:
 
@@ -51,19 +51,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vfsmount.channel.inflight import ABANDONED, DONE, POSTED, Pending
 from vfsmount.channel.rings import PollBudget
-from vfsmount.client.relay.answers import Answers
 from vfsmount.client.relay.backing import BackingFiles
-from vfsmount.client.relay.device import DevicePort
 from vfsmount.client.relay.ending import drain, fail_all, serve_lost
 from vfsmount.client.relay.interrupts import LOOK_SECONDS
-from vfsmount.client.relay.kernel import ENDED, KernelPort
-from vfsmount.client.relay.late import LateReplies
-from vfsmount.client.relay.opens import OpenChecks
+from vfsmount.client.relay.kernel import ENDED
 from vfsmount.client.relay.orders import Orders
+from vfsmount.client.relay.parts import Parts
 from vfsmount.client.relay.passthrough import PASS_FROM, Passthrough
-from vfsmount.client.relay.requests import ROUTES, RequestRules, make_routes
-from vfsmount.client.relay.rewrite import reply_rewriters
 from vfsmount.client.relay.rooms import largest_request, room_for_reply
+from vfsmount.client.relay.routes import ROUTES, make_routes
 from vfsmount.client.relay.slots import Slot, SlotPool
 from vfsmount.errors import ProtocolViolation
 from vfsmount.wire import fuse
@@ -73,6 +69,7 @@ if TYPE_CHECKING:
 
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.channel.loan import Loan
+    from vfsmount.client.relay.init import Terms
     from vfsmount.dax_shm.window import Window
 
 __all__ = ["Relay"]
@@ -104,13 +101,8 @@ class Relay:
         device: The connected, initialised ``/dev/fuse``; becomes non-blocking, stays the caller's.
         loan: The queues.
         policy: What the kernel may believe.
-        max_message: Bytes of the largest READ or WRITE.
-        clears_set_id: The daemon takes set-id bits off when a WRITE says so.
+        terms: What INIT has settled.
         on_violation: Called in this thread when the daemon breaks the rules.
-        quiet_flush: A FLUSH means nothing to the daemon but "tell me of errors in writing", and "I
-            give my locks up". Then one that says neither is answered here.
-        keeps_locks: The daemon has POSIX locks of ours.
-        heeds_interrupts: The daemon ends a wait for a lock when it is told to, on the hiprio queue.
         window: The DAX window, where the kernel has agreed to FUSE passthrough.
         pass_from: Bytes that a file has to have at least to be passed through; 0 for any.
 
@@ -124,7 +116,6 @@ class Relay:
         "_asked",
         "_asleep",
         "_burst",
-        "_checks_opens",
         "_device",
         "_idle",
         "_kernel",
@@ -151,13 +142,9 @@ class Relay:
         device: int,
         loan: Loan,
         policy: CachePolicy,
-        max_message: int,
-        clears_set_id: bool,
+        terms: Terms,
         on_violation: Callable[[ProtocolViolation], None],
         *,
-        quiet_flush: bool = False,
-        keeps_locks: bool = False,
-        heeds_interrupts: bool = False,
         window: Window | None = None,
         pass_from: int = PASS_FROM,
     ) -> None:
@@ -168,37 +155,19 @@ class Relay:
         self._queue = loan.requests
         self._map = loan.memory.map
         # One more than the ring takes: an INTERRUPT or FORGET can be read when all are in use.
-        self._pool = SlotPool(loan, largest_request(max_message), self._queue.capacity + 1)
+        self._pool = SlotPool(loan, largest_request(terms.max_message), self._queue.capacity + 1)
         self._spare: Slot | None = None
         self._burst = 0
         self._idle = PollBudget(loan.budget.limit_us)
         self._asleep = False
         self._looked_ns = 0
-        self._checks_opens = policy.revalidate
-        self._kernel = KernelPort(device)
         self._passthrough = (
             None if window is None else Passthrough(loan, window, BackingFiles(device), pass_from)
         )
-        self._opens = OpenChecks(loan, policy, self._passthrough)
-        self._device = DevicePort(loan, self._orders, self._opens)
-        rules = RequestRules(
-            loan,
-            policy,
-            self._kernel,
-            self._device,
-            self._opens,
-            quiet_flush=quiet_flush,
-            heeds_interrupts=heeds_interrupts,
-        )
-        self._late = rules.late = LateReplies(
-            loan, self._kernel, self._device, rules.forget, rules.released
-        )
-        self._answers = Answers(loan, policy, self._kernel, self._opens, self._late, rules.absent)
-        modes = None if clears_set_id else rules.modes
-        no_flush = quiet_flush and not keeps_locks
-        fresh, known = self._opens.fresh, rules.known if policy.revalidate else None
-        rewriters = reply_rewriters(policy, modes, fresh, known, rules.unwritten, no_flush=no_flush)
-        self._routes = make_routes(rules, rewriters, checks_opens=policy.revalidate)
+        parts = Parts(device, loan, policy, terms, self._orders, self._passthrough)
+        self._kernel, self._device, self._opens = parts.kernel, parts.device, parts.opens
+        self._late, self._answers = parts.late, parts.answers
+        self._routes = make_routes(parts)
         # Two sets to sleep on: with and without the kernel's requests (back-pressure). Calls are
         # edge triggered, because the eventfd is shared with the daemon and is never read.
         self._all, self._replies = (select.epoll(flags=select.EPOLL_CLOEXEC) for _ in range(2))

@@ -1,6 +1,7 @@
-"""What the relay remembers of files so that a write needs no question, or gets one asked first.
+"""What the relay remembers of files, so that a request needs no question, or gets one asked first.
 
-Entries go when the kernel forgets the node, so there are never more of them than nodes.
+Entries go when the kernel forgets the node or closes the handle, so there are never more of them
+than of those.
 """
 
 from __future__ import annotations
@@ -9,20 +10,64 @@ import stat
 import struct
 from typing import TYPE_CHECKING, Final
 
+from vfsmount.cache.known_names import KnownNames
+from vfsmount.cache.xattrs import AbsentXattrs
+from vfsmount.client.relay.unwritten import Unwritten
 from vfsmount.wire import fuse
 
 if TYPE_CHECKING:
     import mmap
 
-__all__ = ["SetIdMemory", "flags_of_write"]
+    from vfsmount.cache.policy import CachePolicy
+
+__all__ = ["Memory", "SetIdMemory", "flags_of_write"]
 
 _IN: Final = fuse.IN_HEADER.size
 _U32: Final = struct.Struct("<I")
 
-# --- set-id bits ---------------------------------------------------------------------------------
-
 _SET_ID: Final = stat.S_ISUID | stat.S_ISGID
 _WRITE_FLAGS_AT: Final = _IN + 20
+
+
+class Memory:
+    """All that is remembered.
+
+    Args:
+        policy: What the kernel may believe.
+
+    Attributes:
+        modes: Files with set-id bits.
+        xattrs: Extended attributes that files do not have.
+        names: Directories of which the kernel knows the names.
+        unwritten: Of the pages that the kernel keeps for a while; None without its write-back.
+        wrote: Handles that wrote since their last FLUSH.
+        locked: Nodes that the daemon may have POSIX locks on; a FLUSH gives its owner's up.
+    """
+
+    def __init__(self, policy: CachePolicy) -> None:
+        self.modes = SetIdMemory()
+        self.xattrs = AbsentXattrs(policy.attr_timeout)
+        # Where listings are kept by the kernel, it asks for none that it has.
+        valid = min(policy.entry_timeout, policy.attr_timeout) if policy.revalidate else 0.0
+        self.names = KnownNames(valid)
+        self.unwritten = Unwritten() if policy.writeback else None
+        self.wrote: set[int] = set()
+        self.locked: set[int] = set()
+
+    def forget(self, nodeid: int) -> None:
+        """References to a node are given back."""
+        self.xattrs.forget(nodeid)
+        self.modes.drop(nodeid)
+        self.names.clear()
+        self.locked.discard(nodeid)
+        if self.unwritten is not None:
+            self.unwritten.forget(nodeid)
+
+    def released(self, fh: int) -> None:
+        """The handle of a file is given back."""
+        self.wrote.discard(fh)
+        if self.unwritten is not None:
+            self.unwritten.released(fh)
 
 
 def flags_of_write(memory: mmap.mmap, at: int) -> int:

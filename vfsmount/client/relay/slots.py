@@ -24,7 +24,7 @@ from vfsmount.wire import fuse
 if TYPE_CHECKING:
     from vfsmount.channel.loan import Loan
     from vfsmount.client.relay.opens import OpenCheck
-    from vfsmount.client.relay.requests import Route
+    from vfsmount.client.relay.route import Route
 
 __all__ = ["SMALL_REPLY", "Slot", "SlotPool"]
 

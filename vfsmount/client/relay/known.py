@@ -1,0 +1,103 @@
+"""Requests about what is known: answered from memory, asked for less, or forgotten."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from time import monotonic, perf_counter_ns
+from typing import TYPE_CHECKING, Final
+
+from vfsmount.client.relay.listings import OFFSET_AT, SIZE_AT, room_for_names
+from vfsmount.client.relay.route import Route
+from vfsmount.wire import fuse
+from vfsmount.wire.fuse import Opcode
+
+if TYPE_CHECKING:
+    import mmap
+
+    from vfsmount.client.relay.parts import Parts
+    from vfsmount.client.relay.slots import Slot
+
+__all__ = ["KnownRules"]
+
+_IN: Final = fuse.IN_HEADER.size
+_XATTR_NAME_AT: Final = _IN + fuse.GETXATTR_IN.size
+_PUT_U32: Final = struct.Struct("<I").pack_into
+_U32: Final = struct.Struct("<I").unpack_from
+_U64: Final = struct.Struct("<Q").unpack_from
+_OPCODE_AT: Final = 4
+_FORGET_ONE: Final = struct.Struct("<QQ").unpack_from
+
+
+class KnownRules:
+    """FORGET, attributes, extended attributes and listings."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._map = parts.loan.memory.map
+        self._kernel = parts.kernel
+        self._opens = parts.opens
+        self._forget = parts.forget
+        self._xattrs = parts.memory.xattrs
+        self._names = parts.memory.names
+        self._names_alone = Route(is_known=True)
+        self._names_alone.names_alone = True
+
+    def forget(self, _slot: Slot, at: int, _size: int, nodeid: int) -> bool:
+        """FORGET."""
+        self._forget(nodeid, _U64(self._map, at + _IN)[0])
+        return True
+
+    def batch_forget(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
+        """BATCH_FORGET."""
+        start = at + _IN + fuse.BATCH_FORGET_IN.size
+        for number in range(_U32(self._map, at + _IN)[0]):
+            self._forget(*_FORGET_ONE(self._map, start + 16 * number))
+        return True
+
+    def getattr(self, slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
+        """GETATTR: what an open has just found out answers it."""
+        body = self._opens.take_parked(nodeid)
+        if body is None:
+            return False
+        self._kernel.answer_body(slot.answers, body)
+        return True
+
+    def getxattr(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
+        """GETXATTR of one that the file does not have."""
+        name = self._map[at + _XATTR_NAME_AT : at + size - 1]  # a NUL follows
+        if self._xattrs.is_absent(nodeid, name, perf_counter_ns() / 1e9):
+            self._kernel.answer(slot.answers, errno.ENODATA)
+            return True
+        slot.xattr = name, self._xattrs.changes
+        return False
+
+    def change_xattr(self, _slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
+        """SETXATTR and REMOVEXATTR: a change begins."""
+        self._xattrs.changed(nodeid)
+        return False
+
+    def xattr_changed(
+        self, _memory: mmap.mmap, _at: int, _length: int, nodeid: int, _request: int
+    ) -> None:
+        """As a rewriter: a change is through."""
+        self._xattrs.changed(nodeid)
+
+    def list(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
+        """READDIRPLUS: ask for names alone, if they are enough."""
+        if _U64(self._map, at + OFFSET_AT)[0]:
+            return False
+        now = monotonic()
+        if not self._names.is_known(nodeid, now):
+            self._names.listed(nodeid, now)
+            return False
+        size = room_for_names(_U32(self._map, at + SIZE_AT)[0])
+        _PUT_U32(self._map, at + SIZE_AT, size)
+        _PUT_U32(self._map, at + _OPCODE_AT, Opcode.READDIR)
+        slot.opcode = Opcode.READDIR
+        slot.route = self._names_alone
+        return False
+
+    def unexpected(self, slot: Slot, _at: int, _size: int, _nodeid: int) -> bool:
+        """What the kernel does not send."""
+        self._kernel.answer(slot.answers, errno.EIO)
+        return True

@@ -1,0 +1,70 @@
+"""The parts of a relay, joined: who works with whom. Made once, before the loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vfsmount.client.relay.answers import Answers
+from vfsmount.client.relay.device import DevicePort
+from vfsmount.client.relay.kernel import KernelPort
+from vfsmount.client.relay.late import LateReplies
+from vfsmount.client.relay.memory import Memory
+from vfsmount.client.relay.opens import OpenChecks
+
+if TYPE_CHECKING:
+    from vfsmount.cache.policy import CachePolicy
+    from vfsmount.channel.loan import Loan
+    from vfsmount.client.relay.init import Terms
+    from vfsmount.client.relay.orders import Orders
+    from vfsmount.client.relay.passthrough import Passthrough
+
+__all__ = ["Parts"]
+
+
+class Parts:
+    """What the functions of a relay work with; each takes what it needs.
+
+    Args:
+        dev_fuse: The connected, initialised ``/dev/fuse``.
+        loan: The queues.
+        policy: What the kernel may believe.
+        terms: What INIT has settled.
+        orders: What other threads say.
+        passthrough: Files that the kernel reads and writes by itself; None without DAX.
+
+    Attributes:
+        kernel: The one end.
+        device: The other.
+        memory: What is remembered of files.
+        opens: What OPENs wait for.
+        late: Requests answered before their time.
+        answers: Replies.
+    """
+
+    def __init__(
+        self,
+        dev_fuse: int,
+        loan: Loan,
+        policy: CachePolicy,
+        terms: Terms,
+        orders: Orders,
+        passthrough: Passthrough | None,
+    ) -> None:
+        self.loan = loan
+        self.policy = policy
+        self.terms = terms
+        self.passthrough = passthrough
+        self.memory = Memory(policy)
+        self.kernel = KernelPort(dev_fuse)
+        self.opens = OpenChecks(loan, policy, passthrough)
+        self.device = DevicePort(loan, orders, self.opens)
+        self.late = LateReplies(loan, self.kernel, self.device, self.forget, self.memory.released)
+        self.answers = Answers(loan, policy, self.kernel, self.opens, self.late, self.memory.xattrs)
+
+    def forget(self, nodeid: int, nlookup: int) -> None:
+        """References to a node are given back; so is what is known of it."""
+        self.memory.forget(nodeid)
+        self.opens.forget(nodeid)
+        if self.passthrough is not None:
+            self.passthrough.nodes.forget(nodeid)
+        self.device.forget(nodeid, nlookup)
