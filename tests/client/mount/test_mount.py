@@ -20,6 +20,7 @@ from tests.client.mount.conftest import Outcome
 from tests.client.mount.running import ENVIRONMENT, RunningMount, running_mount
 from tests.support.daemons import REPOSITORY, Daemon, start_daemon
 from tests.support.environment import unavailable
+from tests.support.other_user import NOBODY, run_as_other_user
 from tests.support.wait import wait_until
 from vfsmount.client.mount.control import folders
 from vfsmount.client.mount.mountinfo import MountEntry, locate, read_mountinfo
@@ -471,12 +472,6 @@ class TestOptions:
         assert "ermitted" in line or "ermission" in line
 
 
-UNPRIVILEGED = """
-mknod "$1/fuse" c 10 229 && chmod 666 "$1/fuse" && mount --bind "$1/fuse" /dev/fuse || exit 77
-shift
-exec setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps +dac_read_search \\
-    --ambient-caps +dac_read_search sh -c "$@"
-"""
 AS_USER = """
 vfsmount() { "$PYTHON" -m vfsmount "$@"; echo "status $?"; }
 vfsmount "$MNT" --source "$SOURCE" --daemonize --cache none
@@ -490,25 +485,13 @@ vfsmount "$MNT" --source "$SOURCE" --daemonize -o allow_other
 class TestUnprivileged:
     def test_life_of_a_mount_by_fusermount3(self, open_folder: Path) -> None:
         """Another user, who may read our code, in a namespace where all may open /dev/fuse."""
-        if os.geteuid() != 0:
-            unavailable("becoming another user needs root")
         mnt, source = open_folder / "mnt", open_folder / "source"
         for path in (mnt, source):
             path.mkdir()
-            os.chown(path, 65534, 65534)
+            os.chown(path, NOBODY, NOBODY)
         (source / "hello").write_text("hello, world\n")
-        words = ["unshare", "--mount", "sh", "-c", UNPRIVILEGED, "sh", str(open_folder), AS_USER]
-        places = {"PYTHON": sys.executable, "MNT": str(mnt), "SOURCE": str(source)}
-        done = subprocess.run(
-            words,
-            env=ENVIRONMENT | places,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        if done.returncode == 77:
-            unavailable(f"no /dev/fuse for everybody: {done.stderr}")
+        places = {"MNT": str(mnt), "SOURCE": str(source)}
+        done = run_as_other_user(open_folder, AS_USER, ENVIRONMENT | places)
         busy, other = (line for line in done.stderr.splitlines() if ": error: " in line)
         assert done.stdout.splitlines() == [
             "status 0",
