@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -133,3 +135,15 @@ def test_cleared_but_for_what_is_reserved() -> None:
     table.check_invariants()
     assert table.used == 0
     assert {table.reserve(), table.reserve(), reserved} == {0, RANGE_SIZE, 2 * RANGE_SIZE}
+
+
+def test_a_huge_window_takes_no_memory() -> None:
+    tracemalloc.start()
+    try:
+        table = RangeTable(1 << 40)
+        assert [table.reserve(), table.reserve()] == [0, RANGE_SIZE]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(table) == 1 << 19
+    assert peak < 100_000  # bytes; it was 16 MB

@@ -81,7 +81,9 @@ class RangeTable:
     def __init__(self, size: int, range_size: int = RANGE_SIZE) -> None:
         self.range_size = range_size
         self._count = size // range_size
-        self._free = [at * range_size for at in reversed(range(self._count))]
+        # What has been used before, and behind it what never was: a window may have millions.
+        self._free: list[int] = []
+        self._fresh = range(0, self._count * range_size, range_size)
         self._table: OrderedDict[tuple[int, int], Range] = OrderedDict()
         self._of_node: dict[int, set[int]] = {}
         self._reserved: set[int] = set()
@@ -115,7 +117,7 @@ class RangeTable:
     @property
     def full(self) -> bool:
         """Whether none is free."""
-        return not self._free
+        return not self._free and not self._fresh
 
     def parts(self, nodeid: int) -> list[Range]:
         """Return the ranges of a node."""
@@ -123,7 +125,7 @@ class RangeTable:
 
     def coldest(self) -> Range | None:
         """Return who would have to go for a new one: None if one is free, or none may go."""
-        if self._free:
+        if not self.full:
             return None
         return next((one for one in self._table.values() if not one.pins), None)
 
@@ -134,9 +136,8 @@ class RangeTable:
             The range, pinned once and not ready; None when all are pinned.
         """
         assert (nodeid, index) not in self._table
-        if self._free:
-            moffset = self._free.pop()
-        else:
+        moffset = self._take_free()
+        if moffset is None:
             victim = self.coldest()
             if victim is None:
                 return None
@@ -188,10 +189,9 @@ class RangeTable:
 
     def reserve(self) -> int | None:
         """Take a free range out for good, for somebody else; returns where it begins, or None."""
-        if not self._free:
-            return None
-        moffset = self._free.pop()
-        self._reserved.add(moffset)
+        moffset = self._take_free()
+        if moffset is not None:
+            self._reserved.add(moffset)
         return moffset
 
     def give_back(self, moffset: int) -> None:
@@ -208,6 +208,14 @@ class RangeTable:
         self._leaving.clear()
         self._lost.clear()
 
+    def _take_free(self) -> int | None:
+        if self._free:
+            return self._free.pop()
+        if not self._fresh:
+            return None
+        moffset, self._fresh = self._fresh[0], self._fresh[1:]
+        return moffset
+
     def _take_out(self, one: Range) -> None:
         del self._table[one.nodeid, one.index]
         parts = self._of_node[one.nodeid]
@@ -218,7 +226,8 @@ class RangeTable:
     def check_invariants(self) -> None:
         """Raise AssertionError unless the table is as the module says."""
         places = [one.moffset for one in self._table.values()]
-        everywhere = [*self._free, *places, *self._reserved, *self._leaving, *self._lost]
+        untaken = [*self._free, *self._fresh]
+        everywhere = [*untaken, *places, *self._reserved, *self._leaving, *self._lost]
         assert sorted(everywhere) == [at * self.range_size for at in range(self._count)]
         for key, one in self._table.items():
             assert key == (one.nodeid, one.index)
