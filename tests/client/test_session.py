@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import logging
+import re
 import traceback
 from typing import TYPE_CHECKING
 
@@ -42,6 +44,19 @@ async def test_opcode_without_a_name(daemon: Daemon) -> None:
     async with vfsmount.connect(daemon.socket) as guest:
         with pytest.raises(RemoteErrno, match=r"^opcode 9999 on node 1: ENOSYS"):
             await guest.raw(9999, 1, b"", 0)
+
+
+async def test_trace(daemon: Daemon, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "vfsmount.channel.trace")
+    async with vfsmount.connect(daemon.socket) as guest:
+        with pytest.raises(RemoteErrno):
+            await guest.lookup(1, b"absent")
+    lines = [re.sub(r"[0-9]+ us", "N us", line) for line in caplog.messages]
+    assert lines[0] == "SET_OWNER"
+    assert "GET_QUEUE_NUM -> 0x2" in lines
+    assert "SET_VRING_ENABLE VringState(ring=1, num=1)" in lines
+    assert "LOOKUP on node 1: ENOENT, N us" in lines
+    assert "DESTROY on node 0: 0 bytes, N us" in lines
 
 
 async def test_loss_of_the_daemon_leaves_the_session_as_it_is(

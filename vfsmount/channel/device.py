@@ -30,6 +30,7 @@ from vfsmount.channel.statistics import (
     OpcodeCounter,
     OpcodeStatistics,
 )
+from vfsmount.channel.trace import is_traced, trace_request
 from vfsmount.channel.watchdog import Watchdog
 from vfsmount.errors import (
     ChannelBroken,
@@ -118,6 +119,7 @@ class Channel:
         self._at_home.set()
         self._sleep = trio.CancelScope()
         self._counters: dict[int, OpcodeCounter] = {}
+        self._is_traced = is_traced()
         self._calls = 0
         self._error: VfsmountError | None = None
         self._ended = trio.Event()
@@ -283,9 +285,12 @@ class Channel:
         counter = self._counters.get(pending.opcode)
         if counter is None:
             counter = self._counters[pending.opcode] = OpcodeCounter()
-        counter.add(perf_counter_ns() - pending.started_ns)
+        duration = perf_counter_ns() - pending.started_ns
+        counter.add(duration)
         if pending.errno:
             counter.errors += 1
+        if self._is_traced:
+            trace_request(pending, duration)
 
     def _take_back(self) -> None:
         """End the loan of ``request_view``."""

@@ -17,6 +17,7 @@ import trio
 
 from vfsmount.channel.negotiation import ack_protocol_features, ack_virtio_features
 from vfsmount.channel.socket import Message, MessageSocket, discard
+from vfsmount.channel.trace import trace_message
 from vfsmount.errors import (
     ChannelBroken,
     FeatureMissing,
@@ -144,7 +145,9 @@ class Frontend:
         async with self._turn:
             expected = kind.reply is not None or need_ack
             message = await self._exchange(request, data, fds, expected)
-        return None if message is None else self._accept(request, message)
+        answer = None if message is None else self._accept(request, message)
+        trace_message(request, record, answer)
+        return answer
 
     async def _exchange(
         self, request: FrontendRequest, data: bytes, fds: Sequence[int], expected: bool

@@ -394,6 +394,15 @@ class TestOptions:
             assert mount.status()["mountpoint"] == str(mnt)
             assert mount.stop() == ExitCode.OK
 
+    @pytest.mark.parametrize("engine", ["relay", "pyfuse3"])
+    def test_debug_shows_each_request(self, mnt: Path, source: Path, engine: str) -> None:
+        with running_mount(mnt, "--source", source, "--engine", engine, "-d") as running:
+            for name in ("absent", "missing"):
+                assert not (mnt / name).exists()
+        refusals = re.findall(r"LOOKUP on node 1: ENOENT, [0-9]+ us\n", running.log)
+        assert len(refusals) == 2
+        assert "debug: [vfsmount.channel.trace] SET_OWNER\n" in running.log
+
     def test_cpus_count_for_both_processes(self, mnt: Path, source: Path) -> None:
         cpu = min(os.sched_getaffinity(0))
         with running_mount(mnt, "--source", source, "--cpus", str(cpu)) as mount:

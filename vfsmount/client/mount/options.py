@@ -266,7 +266,7 @@ MOUNT_GROUPS = (
                 "PATH",
                 path,
             ),
-            Option("debug", "the same as -f --log-level debug", short="d"),
+            Option("debug", "as -f --log-level debug: shows each message to the daemon", short="d"),
         ),
     ),
     Group(

@@ -13,6 +13,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.channel.statistics import OpcodeCounter
+from vfsmount.channel.trace import is_traced, trace_request
 from vfsmount.client.relay.listings import names_as_plus
 from vfsmount.client.relay.opens import invalidation
 from vfsmount.client.relay.rewrite import FailsHere, negative_entry
@@ -56,6 +57,7 @@ class Answers:
     __slots__ = (
         "_absent",
         "_counters",
+        "_is_traced",
         "_kernel",
         "_late",
         "_map",
@@ -81,6 +83,7 @@ class Answers:
         self._map = loan.memory.map
         self._view = loan.memory.view
         self._counters = loan.counters
+        self._is_traced = is_traced()
         self._kernel = kernel
         self._write = kernel.write
         self._opens = opens
@@ -133,12 +136,15 @@ class Answers:
         counter = self._counters.get(slot.opcode)
         if counter is None:
             counter = self._counters[slot.opcode] = OpcodeCounter()
-            if slot.route.is_known:
+            # Without it in the route each reply comes here, where it can be traced.
+            if slot.route.is_known and not self._is_traced:
                 slot.route.counter = counter
         self.counted_ns = now = perf_counter_ns()
         counter.add(now - slot.started_ns)
         if slot.errno:
             counter.errors += 1
+        if self._is_traced:
+            trace_request(slot, now - slot.started_ns)
 
     def _may_open(self, slot: Slot) -> bool:
         """Put into an open's answer what its check has found; False when it is refused."""
