@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.daemons import DAEMON_KINDS, require_daemon
+from tests.support.daemons import DAEMON_KINDS, daemon_marks, require_daemon
 from tests.support.environment import TMPFS, fuse_problem, tmpfs_problem, unavailable
 from tests.support.leaks import Footprint, check_footprint
 from tests.support.logs import LogWatch
@@ -77,12 +77,7 @@ def expect_log(_log_watch: LogWatch) -> Callable[[str], None]:
     return _log_watch.expect
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(kind, marks=[] if kind == "bundled" else [pytest.mark.needs_daemon])
-        for kind in DAEMON_KINDS
-    ]
-)
+@pytest.fixture(params=[pytest.param(kind, marks=daemon_marks(kind)) for kind in DAEMON_KINDS])
 def daemon_kind(request: pytest.FixtureRequest) -> str:
     """Each kind of host daemon in turn, for `tests.support.daemons.start_daemon`."""
     kind: str = request.param

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from tests.support.daemons import DAEMON_KINDS, require_daemon, start_daemon
+from tests.support.daemons import each_daemon, require_daemon, start_daemon
 from tests.support.environment import quick_folders
-from tests.support.mounts import start_mount
-from vfsmount.client.mount.status import read_status
+from tests.support.mounts import Mount, start_mount
+from tests.support.shares import messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,24 +23,16 @@ LONG = "1000"
 
 
 class Place(NamedTuple):
-    """A mounted share: the folder at the host, and where it is mounted."""
+    """A folder of a mounted share: at the host, and in the mount."""
 
     host: Path
     path: Path
-
-    def count(self, *opcodes: str) -> int:
-        """Requests of these kinds so far."""
-        rows = read_status(str(self.path.parent))["requests"]
-        return sum(rows[name]["count"] for name in opcodes if name in rows)
+    mount: Mount
 
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param((kind, engine), id=f"{kind}-{engine}", marks=pytest.mark.needs_daemon)
-        for kind in DAEMON_KINDS
-        for engine in ("relay", "pyfuse3")
-    ],
+    params=each_daemon(("relay", "pyfuse3")),
 )
 def mounted(request: pytest.FixtureRequest) -> Iterator[Place]:
     kind, engine = request.param
@@ -50,9 +42,9 @@ def mounted(request: pytest.FixtureRequest) -> Iterator[Place]:
     with (
         quick_folders("auto", "host", "mnt") as (host, path),
         start_daemon(kind, host) as daemon,
-        start_mount(path, daemon.socket, engine=engine, options=options),
+        start_mount(path, daemon.socket, engine=engine, options=options) as mount,
     ):
-        yield Place(host, path)
+        yield Place(host, path, mount)
 
 
 @pytest.fixture
@@ -60,7 +52,7 @@ def here(mounted: Place) -> Place:
     """A folder that no test has used before."""
     name = f"{len(os.listdir(mounted.host))}"
     (mounted.path / name).mkdir()
-    return Place(mounted.host / name, mounted.path / name)
+    return Place(mounted.host / name, mounted.path / name, mounted.mount)
 
 
 def primed(here: Place, content: bytes) -> tuple[Path, Path]:
@@ -120,11 +112,11 @@ def test_a_removed_file_can_be_opened_through_its_descriptor(here: Place) -> Non
 
 def test_an_unchanged_file_keeps_its_pages(here: Place) -> None:
     _, seen = primed(here, b"x" * 1_000_000)
-    before = here.count("READ")
+    before = messages(here.mount)["READ"]
     assert before
     for _ in range(5):
         seen.read_bytes()
-    assert here.count("READ") == before
+    assert messages(here.mount)["READ"] == before
 
 
 def test_own_changes_are_seen(here: Place) -> None:

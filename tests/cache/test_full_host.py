@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from tests.support.daemons import DAEMON_KINDS, require_daemon, start_daemon
+from tests.support.daemons import DAEMON_KINDS, each_daemon, require_daemon, start_daemon
 from tests.support.environment import quick_folders, unavailable
 from tests.support.errors import error_of
 from tests.support.mounts import start_mount
@@ -64,15 +64,7 @@ def little_room(
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(
-            (kind, engine),
-            id=f"{kind}-{engine}",
-            marks=[] if kind == "bundled" else [pytest.mark.needs_daemon],
-        )
-        for kind in DAEMON_KINDS
-        for engine in ("relay", "pyfuse3")
-    ],
+    params=each_daemon(("relay", "pyfuse3")),
 )
 def here(request: pytest.FixtureRequest) -> Iterator[Place]:
     with little_room(*request.param, writeback=True) as place:

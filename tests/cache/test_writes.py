@@ -7,43 +7,35 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from tests.support.daemons import DAEMON_KINDS, require_daemon, start_daemon
+from tests.support.daemons import each_daemon, require_daemon, start_daemon
 from tests.support.environment import quick_folders
-from tests.support.mounts import start_mount
+from tests.support.mounts import Mount, start_mount
+from tests.support.shares import messages
 from vfsmount.client.mount.status import read_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-pytestmark = [pytest.mark.needs_fuse, pytest.mark.needs_daemon, pytest.mark.slow]
+pytestmark = [pytest.mark.needs_fuse, pytest.mark.slow]
 
 MIB = 1 << 20
 MODES = ("none", "auto", "always", "auto+writeback", "always+writeback")
 
 
 class Place(NamedTuple):
-    """A mounted share: engine, mode, the folder at the host, and where it is mounted."""
+    """A mounted share: mode, the folder at the host, where it is mounted, and by which engine."""
 
     engine: str
     mode: str
     host: Path
     path: Path
-
-    def count(self, opcode: str) -> int:
-        """Requests of this kind so far."""
-        rows = read_status(str(self.path))["requests"]
-        return int(rows[opcode]["count"]) if opcode in rows else 0
+    mount: Mount
 
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param((kind, engine, mode), id=f"{kind}-{engine}-{mode}")
-        for kind in DAEMON_KINDS
-        for engine in ("relay", "pyfuse3")
-        for mode in MODES
-    ],
+    params=each_daemon(("relay", "pyfuse3"), MODES),
 )
 def here(request: pytest.FixtureRequest) -> Iterator[Place]:
     kind, engine, mode = request.param
@@ -53,17 +45,17 @@ def here(request: pytest.FixtureRequest) -> Iterator[Place]:
     with (
         quick_folders("writes", "host", "mnt") as (host, path),
         start_daemon(kind, host, writeback=bool(writeback)) as daemon,
-        start_mount(path, daemon.socket, engine=engine, cache=cache, options=options),
+        start_mount(path, daemon.socket, engine=engine, cache=cache, options=options) as mount,
     ):
-        yield Place(engine, mode, host, path)
+        yield Place(engine, mode, host, path, mount)
 
 
 def test_small_writes_are_gathered(here: Place) -> None:
-    before = here.count("WRITE")
+    before = messages(here.mount)["WRITE"]
     with (here.path / "gathered").open("wb", buffering=0) as handle:
         for _ in range(256):
             handle.write(b"x" * 4096)
-    sent = here.count("WRITE") - before
+    sent = messages(here.mount)["WRITE"] - before
     assert (here.host / "gathered").read_bytes() == b"x" * MIB
     if "writeback" in here.mode and (here.engine == "pyfuse3" or is_kernels(here)):
         assert sent <= 2

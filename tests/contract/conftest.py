@@ -18,7 +18,7 @@ import pytest
 from tests.contract.session_tree import SessionThread, SessionTree
 from tests.contract.trees import PathTree
 from tests.contract.twin import Twin
-from tests.support.daemons import DAEMON_KINDS, Daemon, require_daemon, start_daemon
+from tests.support.daemons import DAEMON_KINDS, Daemon, daemon_marks, require_daemon, start_daemon
 from tests.support.environment import quick_folders, unavailable
 from tests.support.mounts import Mount, start_mount
 from tests.support.wait import wait_until
@@ -121,7 +121,7 @@ def site_parameters() -> list[object]:
         pytest.param(
             (kind, way),
             marks=[
-                *([] if kind == "bundled" else [pytest.mark.needs_daemon]),
+                *daemon_marks(kind),
                 *([] if way == "session" else [pytest.mark.needs_fuse]),
             ],
             id=f"{kind}-{way}",

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import pytest
 
 from benchmarks.fsx import Exerciser
-from tests.support.daemons import require_daemon
+from tests.support.daemons import daemon_marks, require_daemon
 from tests.support.namespace import small_readahead
 from tests.support.shares import open_shared
 from vfsmount.client.mount.status import read_status
@@ -50,7 +50,7 @@ WINDOWS = [
     [
         pytest.param(
             *site,
-            marks=[] if site[0] == "bundled" else [pytest.mark.needs_daemon],
+            marks=daemon_marks(site[0]),
             id="-".join(site[:3]) + "-writeback" * site[3],
         )
         for site in SITES

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from tests.litmus.rows import MODES, ROWS, Row, When, look_at
-from tests.support.daemons import require_daemon
+from tests.support.daemons import daemon_marks, require_daemon
 from tests.support.shares import Shared, open_shared
 from tests.support.wait import wait_until
 
@@ -95,12 +95,7 @@ def is_case(params: dict[str, Any]) -> bool:
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(
-            site, marks=[] if site.kind == "bundled" else [pytest.mark.needs_daemon], id=str(site)
-        )
-        for site in sites()
-    ],
+    params=[pytest.param(site, marks=daemon_marks(site.kind), id=str(site)) for site in sites()],
 )
 def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
     """Two mounts of one folder."""

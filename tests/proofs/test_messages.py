@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.daemons import DAEMON_KINDS, require_daemon
+from tests.support.daemons import DAEMON_KINDS, daemon_marks, require_daemon
 from tests.support.namespace import small_readahead
 from tests.support.shares import Shared, messages, open_shared
 from vfsmount.client.mount.status import read_status
@@ -225,7 +225,7 @@ PROOFS = [
 SITES = [
     pytest.param(
         site,
-        marks=[] if site[0] == "bundled" else [pytest.mark.needs_daemon],
+        marks=daemon_marks(site[0]),
         id="-".join(site[:3]) + "-writeback" * site[3] + "-ahead" * site[4],
     )
     for site in (

@@ -19,8 +19,11 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pytest
 
 from tests.support.environment import unavailable
 from tests.support.wait import wait_until
@@ -28,7 +31,15 @@ from tests.support.wait import wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["DAEMON_KINDS", "Daemon", "daemon_problem", "require_daemon", "start_daemon"]
+__all__ = [
+    "DAEMON_KINDS",
+    "Daemon",
+    "daemon_marks",
+    "daemon_problem",
+    "each_daemon",
+    "require_daemon",
+    "start_daemon",
+]
 
 DAEMON_KINDS = ("bundled", "c", "rust")
 
@@ -169,6 +180,19 @@ def require_daemon(kind: str) -> None:
     """Skip the test (in CI: fail it) when this kind of daemon cannot be used here."""
     if problem := daemon_problem(kind):
         unavailable(problem)
+
+
+def daemon_marks(kind: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of a test with this kind of daemon."""
+    return [] if kind == "bundled" else [pytest.mark.needs_daemon]
+
+
+def each_daemon(*others: Sequence[str]) -> list[object]:
+    """Return parameters of a fixture: each kind of daemon with all that else may differ."""
+    return [
+        pytest.param(values, id="-".join(values), marks=daemon_marks(values[0]))
+        for values in product(DAEMON_KINDS, *others)
+    ]
 
 
 @contextmanager

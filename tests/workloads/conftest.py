@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.daemons import DAEMON_KINDS, Daemon, require_daemon, start_daemon
+from tests.support.daemons import Daemon, each_daemon, require_daemon, start_daemon
 from tests.support.environment import quick_folders
 from tests.support.mounts import Mount, start_mount
 
@@ -67,15 +67,7 @@ def open_share(
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(
-            (kind, engine),
-            marks=[] if kind == "bundled" else [pytest.mark.needs_daemon],
-            id=f"{kind}-{engine}",
-        )
-        for kind in DAEMON_KINDS
-        for engine in ENGINES
-    ],
+    params=each_daemon(ENGINES),
 )
 def running_share(request: pytest.FixtureRequest) -> Iterator[Share]:
     """A share for all tests of a module."""

@@ -26,6 +26,7 @@ from tests.support.daemons import start_daemon
 from tests.support.environment import quick_folders
 from tests.support.errors import outcome
 from tests.support.mounts import start_mount
+from tests.support.shares import messages
 from tests.support.wait import wait_until
 from vfsmount.client.mount.status import read_status
 
@@ -147,7 +148,7 @@ def test_copy_file_range(here: Place) -> None:
         return done, (folder / "to").read_bytes() == content
 
     assert here.same(copy) == (3 * MIB, True)
-    assert "COPY_FILE_RANGE" in requests_of(here)
+    assert "COPY_FILE_RANGE" in messages(here.mount)
 
 
 def test_tmpfile(here: Place) -> None:
@@ -222,10 +223,6 @@ def test_rename_exchanges(here: Place) -> None:
         return (folder / "a").read_text(), (folder / "b").read_text()
 
     assert here.same(exchange) == ("b", "a")
-
-
-def requests_of(here: Place) -> dict[str, object]:
-    return dict(read_status(str(here.path))["requests"])
 
 
 def test_status_says_which_engine_and_why(here: Place) -> None:
