@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import stat
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +51,8 @@ class FakeSession:
             answer = self.answers.get(method)
             if callable(answer):
                 answer = answer(*args)
+            if inspect.isawaitable(answer):
+                answer = await answer
             if isinstance(answer, Exception):
                 raise answer
             return answer

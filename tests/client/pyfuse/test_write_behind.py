@@ -38,6 +38,18 @@ class Host(FakeSession):
         self.answers["setattr"] = self.answers["getattr"]
         self.answers["read_view"] = lambda _node, _fh, at, size: bytes(self.content[at : at + size])
 
+    def slow_down(self) -> tuple[trio.Event, trio.Event]:
+        """Have WRITE set the first event and wait for the second."""
+        asked, go_on = trio.Event(), trio.Event()
+
+        async def write(*args: Any) -> int:
+            asked.set()
+            await go_on.wait()
+            return self._write(*args)
+
+        self.answers["write"] = write
+        return asked, go_on
+
     def _write(self, _node: int, _fh: int, at: int, data: Any, *_: Any) -> int:
         end = at + len(data)
         self.content.extend(bytes(max(0, end - len(self.content))))
@@ -153,6 +165,42 @@ async def test_what_never_got_there_is_told(
     with pytest.raises(pyfuse3.FUSEError):
         await ops.flush(handle)
     await ops.release(handle)
+
+
+async def test_a_close_does_not_miss_what_was_written_during_another(
+    ops: VirtioFsOperations, host: Host, handle: pyfuse3.FileHandleT
+) -> None:
+    """Duplicates of a descriptor are one handle, and each of them is closed."""
+    written, go_on = host.slow_down()
+    await ops.write(handle, 0, b"one")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ops.flush, handle)
+        await written.wait()
+        await ops.write(handle, 3, b"two")
+        go_on.set()
+    await ops.flush(handle)
+    assert host.content == b"onetwo"
+
+
+async def test_each_close_waits_for_what_is_on_its_way(
+    ops: VirtioFsOperations, host: Host, handle: pyfuse3.FileHandleT
+) -> None:
+    written, go_on = host.slow_down()
+    await ops.write(handle, 0, b"data")
+    closed = []
+
+    async def close() -> None:
+        await ops.flush(handle)
+        closed.append(bytes(host.content))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(close)
+        await written.wait()
+        nursery.start_soon(close)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not closed
+        go_on.set()
+    assert closed == [b"data", b"data"]
 
 
 async def test_too_much_is_written_by_the_writer(host: Host) -> None:

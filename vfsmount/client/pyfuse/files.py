@@ -182,7 +182,7 @@ class FileHandlers(Handlers):
         """Write; without write-behind it is at the host when this returns."""
         file = self._files[fh]
         node = file.node
-        file.wrote = True
+        file.writes += 1
         write_flags = 0
         if file.kills_set_id:
             if self._killpriv_v2:
@@ -236,10 +236,12 @@ class FileHandlers(Handlers):
         and locks are not the daemon's here: no message then (open+read+close: 14 % less).
         """
         file = self._files[fh]
-        if file.wrote:
+        writes = file.writes
+        if writes != file.flushed:
             await self._settle(file)
-            file.wrote = False
             await self._session.flush(file.node.nodeid, file.fh)
+            # Somebody may have written, or flushed, through a duplicate meanwhile.
+            file.flushed = max(file.flushed, writes)
 
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:

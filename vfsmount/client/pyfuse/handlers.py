@@ -111,9 +111,14 @@ def _errno_of(method: str, error: VfsmountError) -> int:
 
 
 class OpenFile:
-    """An open file: where it is at the daemon, and what its opener may not keep."""
+    """An open file: where it is at the daemon, and what its opener may not keep.
 
-    __slots__ = ("fh", "flags", "kills_set_id", "node", "number", "reader", "wrote")
+    Attributes:
+        writes: How often it was written to.
+        flushed: Of these, how many a FLUSH is known to have come after.
+    """
+
+    __slots__ = ("fh", "flags", "flushed", "kills_set_id", "node", "number", "reader", "writes")
 
     def __init__(self, node: Node, fh: int, flags: int, kills_set_id: bool) -> None:
         self.number = 0
@@ -121,7 +126,7 @@ class OpenFile:
         self.fh = fh
         self.flags = flags
         self.kills_set_id = kills_set_id
-        self.wrote = False
+        self.writes = self.flushed = 0
         self.reader: Reader | None = None
 
 
