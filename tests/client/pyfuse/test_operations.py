@@ -314,7 +314,7 @@ async def test_a_listed_name_without_node_is_looked_up(monkeypatch: pytest.Monke
     listing = Listing(session, 9, monkeypatch)
     listing.entries[3] = listing.entries[3]._replace(entry=entry(0))
     listing.entries[4] = listing.entries[4]._replace(entry=entry(0))
-    session.answers["lookup"] = lambda _parent, name: entry(200) if name == b"file1" else entry(0)
+    session.answers["lookup"] = lambda _at, name, _: entry(200) if name == b"file1" else entry(0)
     fh = await ops.opendir(inode(1), ROOT)
     await listing.call(ops, fh, 0)
     assert [name for name, _ in listing.taken][2:] == [b"file0", b"file1", b"file3", b"file4"]

@@ -10,7 +10,7 @@ import pyfuse3
 import pytest
 import trio
 
-from tests.client.pyfuse.fake_session import FakeSession, attributes
+from tests.client.pyfuse.fake_session import FakeSession, attributes, entry
 from tests.client.pyfuse.test_operations import ROOT, inode, look_up, opened
 from vfsmount.cache.policy import CachePolicy
 from vfsmount.client.pyfuse.operations import VirtioFsOperations
@@ -126,6 +126,57 @@ async def test_size_counts_before_it_is_written(
     found = await ops.lookup(inode(1), b"name", ROOT)
     assert found.st_size == 104
     assert host.content == b""
+
+
+@pytest.mark.parametrize("way", ["lookup", "link", "readdir"])
+@pytest.mark.parametrize("late", ["data", "reply"])
+async def test_a_size_from_before_what_is_on_its_way_is_not_told(
+    ops: VirtioFsOperations,
+    host: Host,
+    handle: pyfuse3.FileHandleT,
+    way: str,
+    late: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel knows the write as done, and would cut the file off."""
+    written, go_on = host.slow_down()
+    await ops.write(handle, 0, b"data")
+    asked, answer = trio.Event(), trio.Event()
+
+    async def old(*_: Any) -> Any:
+        found = entry(5)
+        asked.set()
+        await answer.wait()
+        return [fuse.DirEntryPlus(found, 50, 1, 8, b"name")] if way == "readdir" else found
+
+    host.answers.update(lookup=old, link=old, readdirplus=old, opendir=fuse.OpenOut(9, 0, 0))
+    told: list[Any] = []
+
+    def take(_token: object, _name: bytes, found: Any, _cookie: int) -> bool:
+        told.append(found)
+        return False
+
+    monkeypatch.setattr(pyfuse3, "readdir_reply", take)
+
+    async def ask() -> None:
+        if way == "lookup":
+            told.append(await ops.lookup(inode(1), b"name", ROOT))
+        elif way == "link":
+            told.append(await ops.link(inode(50), inode(1), b"new", ROOT))
+        else:
+            directory = await ops.opendir(inode(1), ROOT)
+            await ops.readdir(directory, 0, cast("pyfuse3.ReaddirToken", None))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ops.fsync, handle, False)
+        await written.wait()
+        nursery.start_soon(ask)
+        await asked.wait()
+        first, second = (answer, go_on) if late == "data" else (go_on, answer)
+        first.set()
+        await trio.testing.wait_all_tasks_blocked()
+        second.set()
+    assert [found.st_size for found in told] == [4]
 
 
 async def test_appends_are_the_hosts(ops: VirtioFsOperations, host: Host) -> None:

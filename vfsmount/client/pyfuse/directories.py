@@ -56,7 +56,7 @@ class _Directory:
         kept: The listing that is read from, if it is a kept one.
         lines: What was handed on since the beginning, if it is to be kept; else None.
         since: When it was begun, clock seconds, and the version then.
-        asked: The same of what is ``ahead``.
+        asked: The same of what is ``ahead``; and how often something had been ``written`` out.
     """
 
     __slots__ = (
@@ -71,6 +71,7 @@ class _Directory:
         "position",
         "since",
         "size",
+        "written",
     )
 
     def __init__(self, node: Node, fh: int, flags: int) -> None:
@@ -80,6 +81,7 @@ class _Directory:
         self.ahead: deque[fuse.DirEntryPlus] = deque()
         self.position = self.cookie = 0
         self.size = LISTING_SIZE
+        self.written = 0
         self.kept: Sequence[bytes] | None = None
         self.lines: list[bytes] | None = None
         self.since = self.asked = (0.0, 0)
@@ -152,6 +154,7 @@ class DirectoryHandlers(Handlers):
         """Have something to hand on; False at the end."""
         if not directory.ahead:
             directory.asked = time.monotonic(), self._version()
+            directory.written = self._written()
             directory.ahead.extend(await self._list(directory))
             directory.size = min(2 * directory.size, LISTING_SIZE)
             if directory.ahead:
@@ -178,9 +181,9 @@ class DirectoryHandlers(Handlers):
         got = False
         while directory.ahead:
             found = directory.ahead[0]
-            if not found.entry.nodeid and found.name not in _DOTS:
+            if not found.entry.nodeid or self.behind is not None:
                 try:
-                    entry = await self._find(directory.node, found.name)
+                    entry = await self._entry_of(directory, found)
                 except RemoteErrno:
                     if got:  # the kernel counts these: it is told at its next call
                         return True
@@ -197,6 +200,16 @@ class DirectoryHandlers(Handlers):
             if directory.lines is not None:
                 self._keep_line(directory, directory.lines, found)
         return got
+
+    async def _entry_of(
+        self, directory: _Directory, found: fuse.DirEntryPlus
+    ) -> fuse.EntryOut | None:
+        """Return what a listed name leads to, as it is now; None when it has gone meanwhile."""
+        if found.name in _DOTS:
+            return found.entry
+        if found.entry.nodeid:
+            return await self._as_written(found.entry, directory.written)
+        return await self._find(directory.node, found.name)
 
     def _hand_on(self, token: ReaddirToken, found: fuse.DirEntryPlus, age: float) -> bool:
         """Offer one entry to the kernel, which counts as a lookup if there is room for it."""
@@ -220,7 +233,7 @@ class DirectoryHandlers(Handlers):
     async def _find(self, parent: Node, name: bytes) -> fuse.EntryOut | None:
         """Look up a listed name that came without its node; None when it has gone meanwhile."""
         try:
-            entry = await self._session.lookup(parent.nodeid, name)
+            entry = await self._look_up(parent, name)
         except RemoteErrno as error:
             if error.errno != errno.ENOENT:
                 raise

@@ -72,7 +72,7 @@ class FileHandlers(Handlers):
         Raises:
             FUSEError: ESTALE, at which the kernel looks the name up anew: the node has none left.
         """
-        sent, before = time.monotonic(), self._changes
+        sent, before = time.monotonic(), self._version()
         verdict, attr = NOTHING_KNOWN, None
         try:
             attr = (await self._session.getattr(node.nodeid, None, ctx)).attr
@@ -84,7 +84,7 @@ class FileHandlers(Handlers):
             await self._session.release(node.nodeid, fh, flags, wait=False)
             raise FUSEError(errno.ESTALE)
         if not verdict.keep_attributes:
-            if attr is not None and before == self._changes:
+            if attr is not None and before == self._version():
                 node.parked = attr, sent, before
             # Of attributes alone: that takes no lock that a request could hold.
             with suppress(OSError):  # forgotten meanwhile

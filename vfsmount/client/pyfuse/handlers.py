@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import stat
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -173,6 +174,34 @@ class Handlers(pyfuse3.Operations):
 
     # --- what the kernel knows -------------------------------------------------------------------
 
+    async def _look_up(
+        self, parent: Node, name: bytes, ctx: RequestContext | None = None
+    ) -> fuse.EntryOut:
+        """Ask where a name leads; the reference is the caller's. Raises as the session does."""
+        written = self._written()
+        entry = await self._session.lookup(parent.nodeid, name, ctx)
+        return await self._as_written(entry, written)
+
+    def _written(self) -> int:
+        return self.behind.written if self.behind is not None else 0
+
+    async def _as_written(self, entry: fuse.EntryOut, written: int) -> fuse.EntryOut:
+        """Ask again for attributes that may be from before what is written out by now.
+
+        The kernel knows these writes as done, and would believe a size from before them.
+
+        Args:
+            entry: What the daemon said.
+            written: ``_written`` before it was asked.
+        """
+        behind = self.behind
+        if behind is not None and entry.nodeid and behind.has_overtaken(entry.nodeid, written):
+            with suppress(VfsmountError):  # then it is as good as it can be
+                await behind.flush(entry.nodeid)
+                attr = (await self._session.getattr(entry.nodeid)).attr
+                return entry._replace(attr=attr)
+        return entry
+
     def _enter(self, entry: fuse.EntryOut) -> EntryAttributes:
         out = self._attributes(self.nodes.enter(entry.nodeid, entry.attr), entry.attr, entry)
         if self._policy.from_host and self._version() >= 0:
@@ -254,7 +283,7 @@ class Handlers(pyfuse3.Operations):
         """
         if self._session.channel.orphans:
             return -1
-        return self._changes + (self.behind.written if self.behind is not None else 0)
+        return self._changes + self._written()
 
     def _wrote(self, nodeid: int, start: int, size: int) -> None:
         if self.reading is not None:
@@ -264,8 +293,12 @@ class Handlers(pyfuse3.Operations):
         if self.reading is not None:
             self.reading.pages.drop(nodeid)
 
+    def _settles(self, node: Node) -> bool:
+        """Whether something of a file is dirty, or on its way to the host."""
+        return self.behind is not None and self.behind.settles(node.nodeid)
+
     async def _write_out(self, node: Node) -> None:
-        if self.behind is not None and self.behind.settles(node.nodeid):
+        if self.behind is not None and self._settles(node):
             await self.behind.flush(node.nodeid)
 
     # --- who asks --------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class NameHandlers(Handlers):
         """Find a name; absence is remembered by the kernel for ``negative_timeout``."""
         parent = self.nodes[parent_inode]
         try:
-            entry = await self._session.lookup(parent.nodeid, name, ctx)
+            entry = await self._look_up(parent, name, ctx)
         except RemoteErrno as error:
             if error.errno != errno.ENOENT or not self._policy.negative_timeout:
                 raise
@@ -95,7 +95,9 @@ class NameHandlers(Handlers):
     ) -> EntryAttributes:
         """Make a hard link."""
         nodeid, parent = self.nodes[inode].nodeid, self.nodes[new_parent_inode]
-        return self._enter(await self._session.link(nodeid, parent.nodeid, new_name, ctx))
+        written = self._written()
+        entry = await self._session.link(nodeid, parent.nodeid, new_name, ctx)
+        return self._enter(await self._as_written(entry, written))
 
     @handler
     async def unlink(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
@@ -133,7 +135,7 @@ class NameHandlers(Handlers):
         """Attributes of a node."""
         node = self.nodes[inode]
         parked, node.parked = node.parked, None
-        if parked is not None and parked[2] == self._changes:
+        if parked is not None and not self._settles(node) and parked[2] == self._version():
             age = time.monotonic() - parked[1]
             if age < self._policy.attr_timeout:
                 attributes = self._attributes(node, parked[0])

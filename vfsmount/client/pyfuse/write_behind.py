@@ -54,13 +54,14 @@ class Handle(Protocol):
 class _Target:
     """One node: what is dirty, and by which handles it can be written."""
 
-    __slots__ = ("dirty", "handles", "lock", "write_flags")
+    __slots__ = ("dirty", "handles", "lock", "write_flags", "written")
 
     def __init__(self, dirty: DirtyFile) -> None:
         self.dirty = dirty
         self.handles: dict[int, Handle] = {}
         self.lock = trio.Lock()
         self.write_flags = 0
+        self.written = 0
 
 
 class WriteBehind:
@@ -87,6 +88,8 @@ class WriteBehind:
         self._targets: dict[int, _Target] = {}
         self._woken = trio.Event()
         self.written = 0
+        #: What that was when a file was last written to no more.
+        self._closed = 0
 
     def end_of(self, nodeid: int) -> int:
         """Return the least size of a file by what is dirty of it; 0 when nothing is."""
@@ -114,6 +117,13 @@ class WriteBehind:
         target = self._targets.get(nodeid)
         return target is not None and (bool(target.dirty) or target.lock.locked())
 
+    def has_overtaken(self, nodeid: int, written: int) -> bool:
+        """Whether the host may have got something of a file since ``written`` was that."""
+        if self._closed > written:
+            return True  # it may have been that one
+        target = self._targets.get(nodeid)
+        return target is not None and (target.lock.locked() or target.written > written)
+
     async def flush(self, nodeid: int) -> None:
         """Have everything written that was dirty when this was called. Failures are noted."""
         target = self._targets.get(nodeid)
@@ -138,6 +148,7 @@ class WriteBehind:
             pass  # the channel has told of it
         finally:
             self.written += 1
+            target.written = self.written
             if written < len(pieces):
                 target.write_flags |= write_flags
                 target.dirty.failed(pieces[written:], number, trio.current_time())
@@ -182,6 +193,7 @@ class WriteBehind:
         if lost:
             log.error("%d bytes written to node %d did not reach the host", lost, nodeid)
         self._targets.pop(nodeid, None)
+        self._closed = self.written
         self._files.drop(nodeid)
 
     async def run(self) -> None:
