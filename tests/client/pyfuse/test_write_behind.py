@@ -263,6 +263,24 @@ async def test_too_much_is_written_by_the_writer(host: Host) -> None:
     assert len(host.content) == 101
 
 
+async def test_no_more_than_the_limit_is_kept_of_what_the_host_does_not_take(host: Host) -> None:
+    behind = WriteBehind(cast("Session", host), limit=100)
+    full, other, good = Plain(), Plain(), host.answers["write"]
+    host.answers["write"] = lambda node, *args: FULL if node == 5 else good(node, *args)
+    await behind.write(5, full, 0, bytes(101), 0)
+    for _ in range(2):
+        with pytest.raises(RemoteErrno) as caught:
+            await behind.write(5, full, 101, b"y", 0)
+        assert caught.value.errno == errno.ENOSPC
+    await behind.write(6, other, 0, b"z", 0)  # who is not to blame goes on
+    assert host.content == b"z"
+    assert await behind.settle(6, other) == 0
+    host.answers["write"] = good
+    await behind.write(5, full, 101, b"y", 0)
+    await behind.settle(5, full)
+    assert host.content == bytes(101) + b"y"
+
+
 class Plain:
     """A handle."""
 

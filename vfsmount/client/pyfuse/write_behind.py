@@ -9,7 +9,7 @@ knows what is dirty; this file writes it, one writer per node at a time, when
 
 A failure is told to each handle that wrote, once, by its next close or fsync. The data stay dirty
 and are tried again; only when the last handle that wrote is released are they lost, and the log
-says so.
+says so. More than the limit is not kept of what the host does not take: then write(2) fails.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import trio
 
 from vfsmount.cache.dirty import DirtyFiles
 from vfsmount.errors import RemoteErrno, VfsmountError
+from vfsmount.wire.fuse import Opcode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,13 +55,14 @@ class Handle(Protocol):
 class _Target:
     """One node: what is dirty, and by which handles it can be written."""
 
-    __slots__ = ("dirty", "handles", "lock", "write_flags", "written")
+    __slots__ = ("dirty", "error", "handles", "lock", "write_flags", "written")
 
     def __init__(self, dirty: DirtyFile) -> None:
         self.dirty = dirty
         self.handles: dict[int, Handle] = {}
         self.lock = trio.Lock()
         self.write_flags = 0
+        self.error = 0
         self.written = 0
 
 
@@ -99,10 +101,18 @@ class WriteBehind:
     async def write(
         self, nodeid: int, handle: Handle, start: int, data: bytes, write_flags: int
     ) -> int:
-        """Keep a write; wait only when too much is kept already."""
+        """Keep a write; wait only when too much is kept already.
+
+        Raises:
+            RemoteErrno: Too much is, and the host does not take it; nothing of this write is kept.
+        """
         target = self._targets.get(nodeid)
         if target is None:
             target = self._targets[nodeid] = _Target(self._files.of(nodeid))
+        elif target.error and self._files.is_too_much():
+            await self.flush(nodeid)  # there may be room by now
+            if target.error:
+                raise RemoteErrno(Opcode.WRITE, nodeid, target.error)
         target.handles[handle.number] = handle
         target.write_flags |= write_flags
         if target.dirty.since is None:
@@ -149,7 +159,8 @@ class WriteBehind:
         finally:
             self.written += 1
             target.written = self.written
-            if written < len(pieces):
+            target.error = number if written < len(pieces) else 0
+            if target.error:
                 target.write_flags |= write_flags
                 target.dirty.failed(pieces[written:], number, trio.current_time())
 
@@ -163,7 +174,7 @@ class WriteBehind:
                     nodeid, handle.fh, start, left, write_flags, handle.flags
                 )
                 if not count:
-                    raise RemoteErrno(16, nodeid, errno.EIO)  # FUSE_WRITE of nothing: no progress
+                    raise RemoteErrno(Opcode.WRITE, nodeid, errno.EIO)  # no progress
                 start, left = start + count, left[count:]
         finally:
             self._wrote(nodeid, piece.start, len(piece.data))
