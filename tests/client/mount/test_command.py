@@ -163,6 +163,23 @@ class TestMountPoint:
         assert done.returncode == ExitCode.MOUNT
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="hiding /dev/fuse needs root")
+    @pytest.mark.parametrize("words", [["MNT", "--socket", "a"], ["umount", "MNT"]])
+    def test_no_mount_table(self, mnt: Path, words: list[str]) -> None:
+        called = [str(mnt) if word == "MNT" else word for word in words]
+        script = 'umount -l /proc && exec "$0" -m vfsmount "$@"'
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", script, sys.executable, *called],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+            check=False,
+        )
+        assert done.returncode == ExitCode.MOUNT
+        assert done.stderr == (
+            "vfsmount: error: cannot read the mount table, /proc/self/mountinfo: No such file or"
+            " directory; mount proc on /proc\n"
+        )
+
     def test_no_device(self, mnt: Path) -> None:
         words = f"{sys.executable} -m vfsmount {mnt} --socket a"
         script = f"mount -t tmpfs none /dev && exec {words}"

@@ -335,6 +335,22 @@ class TestReadiness:
         assert "nosuid" in entry.options
         assert command("umount", mnt).returncode == 0
 
+    def test_root_of_a_user_namespace(self, mnt: Path, source: Path) -> None:
+        mnt.mkdir()
+        done = subprocess.run(
+            [
+                *("unshare", "--user", "--map-root-user", "--mount", "sh", "-ec"),
+                '$0 -m vfsmount "$1" "$2"; cat "$2/hello"; $0 -m vfsmount umount "$2"',
+                *(sys.executable, source, mnt),
+            ],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert (done.returncode, done.stdout) == (0, "hello, world\n"), done.stderr
+
     def test_systemd(self, mnt: Path, source: Path, tmp_path: Path) -> None:
         address = tmp_path / "notify"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:

@@ -213,11 +213,14 @@ def _children_in_a_pid_namespace() -> Iterator[None]:
     except OSError:
         yield
         return
-    entered = libc.unshare(CLONE_NEWPID) == 0
+    # Root of a user namespace may enter a new one, but may not come back to one of the host's:
+    # going to where we are already tells.
+    may_return = libc.setns(home, CLONE_NEWPID) == 0
+    entered = may_return and libc.unshare(CLONE_NEWPID) == 0
     try:
         yield
     finally:
-        # Whoever could leave may come back; later children must not be in the daemon's.
+        # Later children must not be in the daemon's.
         if entered and libc.setns(home, CLONE_NEWPID) != 0:
             raise ConnectError("cannot return to our own pid namespace")
         os.close(home)

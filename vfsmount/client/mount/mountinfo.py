@@ -11,6 +11,8 @@ import os
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from vfsmount.errors import MountError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -99,9 +101,17 @@ def find_mount(entries: Iterable[MountEntry], mountpoint: str) -> MountEntry | N
 
 
 def read_mountinfo() -> list[MountEntry]:
-    """Return the mount table of this process."""
-    with open("/proc/self/mountinfo", "rb") as file:
-        return list(parse_mountinfo(os.fsdecode(file.read())))
+    """Return the mount table of this process.
+
+    Raises:
+        MountError: There is none to read.
+    """
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            return list(parse_mountinfo(os.fsdecode(file.read())))
+    except OSError as error:
+        text = f"cannot read the mount table, {error.filename}: {error.strerror}"
+        raise MountError(text, "mount proc on /proc") from error
 
 
 def locate(path: str) -> tuple[str, MountEntry | None]:
