@@ -10,12 +10,12 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.support.namespace import detach
 from tests.support.wait import wait_until
 
 __all__ = ["Footprint", "check_footprint", "fuse_mounts"]
@@ -124,6 +124,5 @@ def _clean_up(before: Footprint, after: Footprint) -> None:
     """End leaked processes, then detach leaked mounts; descriptors stay with their owners."""
     for pid in after.children - before.children:
         os.kill(pid, signal.SIGKILL)
-    detach = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-uz"]
     for path in after.mounts - before.mounts:
-        subprocess.run([*detach, path], check=False, capture_output=True)
+        detach(path)

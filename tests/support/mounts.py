@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.support.daemons import REPOSITORY
+from tests.support.namespace import detach
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -155,5 +156,4 @@ def _make_sure(mount: Mount) -> None:
         mount.process.send_signal(signal.SIGKILL)
         mount.process.wait()
     if mount.is_mounted():
-        detach = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-uz"]
-        subprocess.run([*detach, mount.path], check=False, capture_output=True)
+        detach(mount.path)

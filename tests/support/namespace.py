@@ -47,3 +47,9 @@ def enter_mount_namespace() -> None:
     if libc.mount(None, b"/", None, _MS_REC_PRIVATE, None):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), "/")
+
+
+def detach(path: str | os.PathLike[str]) -> None:
+    """Take a mount away, whoever uses it; where none is, nothing happens."""
+    command = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-uz"]
+    subprocess.run([*command, path], check=False, capture_output=True)

@@ -16,7 +16,7 @@ from tests.support.daemons import REPOSITORY
 from tests.support.environment import unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 MNT_DETACH = 2
 
@@ -93,11 +93,11 @@ class Outcome(subprocess.CompletedProcess[str]):
 
 @pytest.fixture
 def command() -> Callable[..., Outcome]:
-    """Run ``vfsmount`` with these words until it ends."""
+    """Run ``vfsmount`` with these words until it ends, by a program that starts it where given."""
 
-    def run(*words: str | os.PathLike[str], **options: object) -> Outcome:
+    def run(*words: str | os.PathLike[str], by: Sequence[str] = (), **options: object) -> Outcome:
         done = subprocess.run(
-            [sys.executable, "-m", "vfsmount", *(os.fspath(word) for word in words)],
+            [*by, sys.executable, "-m", "vfsmount", *(os.fspath(word) for word in words)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -371,28 +371,9 @@ class TestReadiness:
         folder = tmp_path / "pids"
         folder.mkdir()
         # A directory in the place of the new file: only the last step can find out.
-        done = subprocess.run(
-            [
-                "sh",
-                "-c",
-                'mkdir "$1/pid.$$" && shift && exec "$@"',
-                "sh",
-                str(folder),
-                sys.executable,
-                "-m",
-                "vfsmount",
-                str(mnt),
-                "--source",
-                str(source),
-                "--pid-file",
-                str(folder / "pid"),
-            ],
-            capture_output=True,
-            text=True,
-            cwd=REPOSITORY,
-            timeout=60,
-            check=False,
-        )
+        first = 'mkdir "$1/pid.$$" && shift && exec "$@"'
+        words = [mnt, "--source", source, "--pid-file", folder / "pid"]
+        done = command(*words, by=["sh", "-c", first, "sh", str(folder)])
         assert done.returncode == ExitCode.USAGE
         assert done.stderr.splitlines()[-1].startswith("vfsmount: error: --pid-file ")
         assert locate(str(mnt))[1] is None
@@ -470,31 +451,11 @@ class TestOptions:
         if os.geteuid() != 0:
             unavailable("taking away the right to mount needs root")
         mnt.mkdir()
-        done = subprocess.run(
-            [
-                "setpriv",
-                "--bounding-set",
-                "-sys_admin",
-                "--inh-caps",
-                "-sys_admin",
-                "--no-new-privs",
-                sys.executable,
-                "-m",
-                "vfsmount",
-                str(mnt),
-                "--source",
-                str(source),
-            ],
-            capture_output=True,
-            text=True,
-            cwd=REPOSITORY,
-            timeout=60,
-            check=False,
-        )
+        caps = ["--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin"]
+        done = command(mnt, "--source", source, by=["setpriv", *caps, "--no-new-privs"])
         assert done.returncode == ExitCode.MOUNT
-        (line,) = done.stderr.splitlines()
-        assert line.startswith(f"vfsmount: error: cannot mount on {mnt}: ")
-        assert "ermitted" in line or "ermission" in line
+        assert done.error.startswith(f"cannot mount on {mnt}: ")
+        assert "ermitted" in done.error or "ermission" in done.error
 
 
 AS_USER = """

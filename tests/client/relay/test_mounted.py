@@ -26,6 +26,7 @@ from tests.support.daemons import start_daemon
 from tests.support.environment import quick_folders
 from tests.support.errors import outcome
 from tests.support.mounts import start_mount
+from tests.support.namespace import detach
 from tests.support.shares import messages
 from tests.support.wait import wait_until
 from vfsmount.client.mount.status import read_status
@@ -375,6 +376,5 @@ def test_killed_ourselves_leaves_nobody_hanging() -> None:
         assert reader.wait(5) == 1
         with pytest.raises(OSError, match="Transport endpoint is not connected"):
             os.stat(one.path)
-        detach = ["umount", "-l"] if os.geteuid() == 0 else ["fusermount3", "-uz"]
-        subprocess.run([*detach, one.path], check=True)
+        detach(one.path)
         one.mount.process.wait()
