@@ -18,7 +18,7 @@ from tests.support.wait import wait_until_async
 from vfsmount.cache.policy import CachePolicy
 from vfsmount.channel import Channel, ChannelOptions, open_channel
 from vfsmount.client.relay.init import Terms
-from vfsmount.client.relay.loop import Relay
+from vfsmount.client.relay.thread import Relay
 from vfsmount.testing.fake_device import ALL_FEATURES, DeviceRequest, FakeDevice
 from vfsmount.wire import fuse
 

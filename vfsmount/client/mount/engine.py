@@ -30,8 +30,8 @@ from vfsmount.client.relay.init import (
     settled_terms,
     why_no_passthrough,
 )
-from vfsmount.client.relay.loop import Relay
 from vfsmount.client.relay.passthrough import PASS_FROM
+from vfsmount.client.relay.thread import Relay
 from vfsmount.client.relay.time_slice import lengthen_slice
 from vfsmount.errors import MountError, WireError
 from vfsmount.wire import fuse

@@ -5,22 +5,7 @@
 A request is read into the memory that the device sees, looked at just enough to know how long its
 reply may be, and made available. The reply is written to the kernel from where the device put it.
 Nothing is copied in between, and nothing is decoded but the 40 bytes of the header. What is changed
-on the way is listed in ``rewrite``. This file has the loop; what it joins:
-
-    kernel, device      the two ends
-    slots, rooms        where messages lie, and how much room they get
-    routes, route       the table: what is done with which opcode, in
-    known, handles, writes, writeback, locks      requests that are answered, changed or noted here
-    answers, rewrite    replies, and what is changed in them
-    late, undo, interrupts      requests answered before their time
-    opens               what goes with an OPEN: the check in mode ``auto``, and
-    passthrough         which files the kernel reads and writes by itself
-    passed_nodes, set_ups, backing      who does; what the daemon and the kernel are asked for that
-    memory, unwritten, listings         what is remembered
-    parts               all that, joined
-    orders, ending      what other threads say; the end
-    init                INIT, before the loop
-    time_slice          who runs next on one CPU
+on the way is listed in ``rewrite``.
 
 Theory of operation. The loop does whatever there is to do and looks again:
 
@@ -44,43 +29,25 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import struct
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from vfsmount.channel.inflight import ABANDONED, DONE, POSTED, Pending
+from vfsmount.channel.inflight import DONE, POSTED, Pending
 from vfsmount.channel.rings import PollBudget
-from vfsmount.client.relay.backing import BackingFiles
-from vfsmount.client.relay.ending import drain, fail_all, serve_lost
-from vfsmount.client.relay.interrupts import LOOK_SECONDS
+from vfsmount.client.relay.caretaker import Caretaker
 from vfsmount.client.relay.kernel import ENDED
-from vfsmount.client.relay.orders import Orders
-from vfsmount.client.relay.parts import Parts
-from vfsmount.client.relay.passthrough import PASS_FROM, Passthrough
-from vfsmount.client.relay.rooms import largest_request, room_for_reply
+from vfsmount.client.relay.rooms import room_for_reply
 from vfsmount.client.relay.routes import ROUTES, make_routes
-from vfsmount.client.relay.slots import Slot, SlotPool
+from vfsmount.client.relay.slots import Slot
 from vfsmount.errors import ProtocolViolation
 from vfsmount.wire import fuse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from vfsmount.client.relay.parts import Parts
 
-    from vfsmount.cache.policy import CachePolicy
-    from vfsmount.channel.loan import Loan
-    from vfsmount.client.relay.init import Terms
-    from vfsmount.dax_shm.window import Window
+__all__ = ["Loop"]
 
-__all__ = ["Relay"]
-
-#: Seconds that a FORGET may wait for company, as in the channel.
-_FORGET_SECONDS: Final = 0.01
-#: Seconds of idleness after which memory is given back, when it is more than _KEEP bytes.
-_TRIM_SECONDS: Final = 1.0
-_KEEP: Final = 4 << 20
-#: Seconds of sleep while the daemon has files open for writing that we are done with.
-_LINGER_SECONDS: Final = 0.001
 #: Single reads after which the relay stops to look for a second request before it kicks.
 _BURST: Final = 8
 #: Nanoseconds that they may wait for it, however long the search for something to do is.
@@ -92,156 +59,71 @@ _U32: Final = struct.Struct("<I").unpack_from
 _OUT: Final = fuse.OUT_HEADER.size
 
 
-class Relay:
-    """The loop and its state.
-
-    ``stop``, ``abort`` and ``fail`` are for other threads.
+class Loop:
+    """The loop and its state; the relay's thread alone.
 
     Args:
-        device: The connected, initialised ``/dev/fuse``; becomes non-blocking, stays the caller's.
-        loan: The queues.
-        policy: What the kernel may believe.
-        terms: What INIT has settled.
-        on_violation: Called in this thread when the daemon breaks the rules.
-        window: The DAX window, where the kernel has agreed to FUSE passthrough.
-        pass_from: Bytes that a file has to have at least to be passed through; 0 for any.
-
-    Attributes:
-        ended: ``run`` touches nothing any more.
+        parts: What it works with.
     """
 
     __slots__ = (
-        "_all",
         "_answers",
-        "_asked",
         "_asleep",
         "_burst",
+        "_caretaker",
         "_device",
+        "_due_ns",
         "_idle",
         "_kernel",
         "_late",
         "_loan",
-        "_looked_ns",
         "_map",
         "_opens",
         "_orders",
-        "_passthrough",
         "_pool",
         "_queue",
-        "_replies",
         "_routes",
+        "_set_ups",
+        "_sleeper",
         "_spare",
-        "abort",
-        "ended",
-        "fail",
-        "stop",
     )
 
-    def __init__(
-        self,
-        device: int,
-        loan: Loan,
-        policy: CachePolicy,
-        terms: Terms,
-        on_violation: Callable[[ProtocolViolation], None],
-        *,
-        window: Window | None = None,
-        pass_from: int = PASS_FROM,
-    ) -> None:
-        self.ended = False
-        self._orders = Orders(on_violation)
-        self.stop, self.abort, self.fail = self._orders.stop, self._orders.abort, self._orders.fail
-        self._loan = loan
-        self._queue = loan.requests
-        self._map = loan.memory.map
-        # One more than the ring takes: an INTERRUPT or FORGET can be read when all are in use.
-        self._pool = SlotPool(loan, largest_request(terms.max_message), self._queue.capacity + 1)
-        self._spare: Slot | None = None
-        self._burst = 0
-        self._idle = PollBudget(loan.budget.limit_us)
-        self._asleep = False
-        self._looked_ns = 0
-        self._passthrough = (
-            None if window is None else Passthrough(loan, window, BackingFiles(device), pass_from)
-        )
-        parts = Parts(device, loan, policy, terms, self._orders, self._passthrough)
+    def __init__(self, parts: Parts) -> None:
+        self._loan, self._queue = parts.loan, parts.loan.requests
+        self._map = parts.loan.memory.map
+        self._orders, self._sleeper, self._pool = parts.orders, parts.sleeper, parts.pool
         self._kernel, self._device, self._opens = parts.kernel, parts.device, parts.opens
         self._late, self._answers = parts.late, parts.answers
+        self._set_ups = None if parts.passthrough is None else parts.passthrough.set_ups
+        self._caretaker = Caretaker(parts)
         self._routes = make_routes(parts)
-        # Two sets to sleep on: with and without the kernel's requests (back-pressure). Calls are
-        # edge triggered, because the eventfd is shared with the daemon and is never read.
-        self._all, self._replies = (select.epoll(flags=select.EPOLL_CLOEXEC) for _ in range(2))
-        self._asked = loan.backend
-        for watch in (self._all, self._replies):
-            watch.register(self._queue.call_fd, select.EPOLLIN | select.EPOLLET)
-            watch.register(self._orders.wake_fd, select.EPOLLIN)
-            if self._asked is not None:
-                watch.register(self._asked, select.EPOLLIN)
-        self._all.register(device, select.EPOLLIN)
+        #: The slot to read into next; None for any.
+        self._spare: Slot | None = None
+        self._burst = 0
+        self._idle = PollBudget(self._loan.budget.limit_us)
+        self._asleep = False
+        #: When the caretaker is due.
+        self._due_ns = 0
 
-    @property
-    def refused(self) -> int:
-        """Replies that the kernel would not take."""
-        return self._answers.refused
+    # --- the loop --------------------------------------------------------------------------------
 
-    def passthrough_facts(self) -> dict[str, Any]:
-        """What the kernel does by itself, for ``status``."""
-        return {} if self._passthrough is None else self._passthrough.facts()
-
-    def run(self) -> None:
-        """Serve until the connection ends or somebody says so.
+    def serve(self) -> None:
+        """Serve while there is a daemon, until the connection ends or somebody says so.
 
         Raises:
             OSError: The device failed in a way that is not its end.
         """
-        try:
-            if self._passthrough is not None:
-                self._passthrough.prepare_thread()
-            self._serve()
-            if self._orders.error is not None:
-                self._serve_lost()
-            elif not self._orders.aborting:
-                self._device.kick()
-                drain(self._queue.ring, self._progress, self._orders, self._replies)
-        finally:
-            self._leave()
-
-    def _serve_lost(self) -> None:
-        self._leave_unasked()
-        in_flight = self._device.in_flight()
-        fail_all((*in_flight, *self._device.stalled), self._kernel, self._orders)
-        # Where all slots are with the device, which is gone, any will do.
-        slot = self._spare or self._pool.take() or in_flight[0]
-        serve_lost(self._map, slot, self._kernel, self._orders, self._all)
-
-    def _leave(self) -> None:
-        """Let go of everything; what the device still has gets blocks that the channel can free."""
-        for slot in self._device.in_flight():
-            slot.state = ABANDONED
-            slot.block = self._loan.arena.allocate(1)
-        for watch in (self._all, self._replies, self._kernel):
-            watch.close()
-        self._pool.close()
-        self.ended = True
-
-    def close(self) -> None:
-        """Close what ``stop`` and ``fail`` use; when ``run`` has returned."""
-        self._orders.close()
-
-    # --- the loop --------------------------------------------------------------------------------
-
-    def _serve(self) -> None:
-        """The loop, while there is a daemon."""
         ring, yield_cpu, now_ns = self._queue.ring, os.sched_yield, perf_counter_ns
         has_used, collect, read, loan = ring.has_used, self._collect, self._read, self._loan
         orders, device, look = self._orders, self._device, self._kernel.look
-        set_ups = None if self._passthrough is None else self._passthrough.set_ups
+        serve_asked = self._sleeper.serve_asked
+        set_ups = self._set_ups
         found = False
         since = 0  # when the present search for something to do began; 0 while there is some
         while not orders.given:
             if set_ups is not None:
                 if set_ups.asked:
-                    self._serve_asked()
+                    serve_asked()
                 if set_ups.lingering:
                     set_ups.let_go(now_ns())
             if found or has_used():
@@ -276,76 +158,24 @@ class Relay:
 
     def _sleep(self) -> None:
         """Wait until anything happens."""
-        ring, orders = self._queue.ring, self._orders
+        ring = self._queue.ring
         if ring.outstanding and ring.arm():
             return
-        watch = self._replies if self._spare_slot() is None else self._all
-        lingering = self._passthrough is not None and bool(self._passthrough.set_ups.lingering)
-        events = watch.poll(_LINGER_SECONDS if lingering else self._timeout())
-        ring.disarm()
+        reads = self._spare_slot() is not None
+        happened = self._sleeper.sleep(self._caretaker.patience(), reads=reads)
         self._asleep = True
-        for fd, _ in events:
-            if fd == orders.wake_fd:
-                orders.heed()
-            elif fd == self._queue.call_fd:
-                self._loan.calls += 1
-            elif self._asked is not None and fd == self._asked.fileno():
-                self._serve_asked()
-        if not events or perf_counter_ns() > self._looked_ns:
-            self._look_after(idle=not events and not lingering)
-
-    def _serve_asked(self) -> None:
-        """Do what the daemon asks of us."""
-        if self._asked is None:
-            return
-        try:
-            self._asked.serve()
-        except ProtocolViolation as violation:
-            self._orders.violated(violation)
-        if self._asked.ended or self._orders.error is not None:
-            self._leave_unasked()
-
-    def _leave_unasked(self) -> None:
-        if self._asked is not None:
-            for watch in (self._all, self._replies):
-                watch.unregister(self._asked)
-            self._asked = None
-
-    def _progress(self) -> None:
-        """All that can happen without requests."""
-        self._serve_asked()
-        if self._queue.ring.has_used():
-            self._collect()
-
-    def _timeout(self) -> float | None:
-        """Seconds to sleep at most; None for ever."""
-        if self._late.interrupts:
-            return LOOK_SECONDS
-        if len(self._loan.forgets) or self._device.undoing:
-            return _FORGET_SECONDS
-        if self._loan.hiprio.ring.outstanding:
-            return LOOK_SECONDS  # to have the buffers of FORGETs back; the device does not call
-        if self._queue.ring.outstanding:
-            return self._loan.watchdog.interval
-        untidy = self._passthrough is not None and self._passthrough.set_ups.untidy
-        return _TRIM_SECONDS if untidy or self._pool.is_bloated(_KEEP) else None
+        if not happened or perf_counter_ns() > self._due_ns:
+            self._look_after(idle=not happened)
 
     def _look_after(self, *, idle: bool) -> None:
-        """What has to be done now and then: forgets, mute requests, interrupted callers, memory."""
-        now = perf_counter_ns()
-        self._looked_ns = now + int(self._loan.watchdog.interval * 1e9)
-        self._serve_asked()  # which a loop that never sleeps would not hear of
-        self._device.flush_forgets()
-        self._device.send_undoing()
-        self._late.interrupts.look()
-        overdue = set(self._loan.watchdog.examine(self._device.in_flight(), now))
-        for slot in self._device.in_flight():
-            if slot in overdue:
-                self._late.give_up(slot, errno.ETIMEDOUT)
-        if idle and not self._queue.ring.outstanding and self._pool.is_bloated(_KEEP):
-            self._pool.trim()
-        if idle and self._passthrough is not None:
-            self._passthrough.set_ups.tidy()
+        self._sleeper.serve_asked()  # which a loop that never sleeps would not hear of
+        self._due_ns = self._caretaker.look(idle=idle)
+
+    def progress(self) -> None:
+        """Do all that there is to do without requests."""
+        self._sleeper.serve_asked()
+        if self._queue.ring.has_used():
+            self._collect()
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -396,6 +226,10 @@ class Relay:
             device.kick()
             if added == 1:
                 self._burst -= 1
+
+    def any_slot(self) -> Slot:
+        """Return a slot to read into when the device has gone: then any will do."""
+        return self._spare or self._pool.take() or self._device.in_flight()[0]
 
     def _spare_slot(self) -> Slot | None:
         """The slot to read into; None when the kernel has to wait."""
@@ -502,7 +336,7 @@ class Relay:
             budget.hits += 1
         if self._device.stalled:
             self._device.retry_stalled()
-        if self._answers.counted_ns > self._looked_ns:
+        if self._answers.counted_ns > self._due_ns:
             self._look_after(idle=False)
 
     def _finish(self, slot: Slot) -> None:

@@ -1,22 +1,27 @@
-"""The parts of a relay, joined: who works with whom. Made once, before the loop."""
+"""The parts of a relay, joined: who works with whom. Made once, before the loop begins."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from vfsmount.client.relay.answers import Answers
+from vfsmount.client.relay.backing import BackingFiles
 from vfsmount.client.relay.device import DevicePort
 from vfsmount.client.relay.kernel import KernelPort
 from vfsmount.client.relay.late import LateReplies
 from vfsmount.client.relay.memory import Memory
 from vfsmount.client.relay.opens import OpenChecks
+from vfsmount.client.relay.passthrough import Passthrough
+from vfsmount.client.relay.rooms import largest_request
+from vfsmount.client.relay.sleeper import Sleeper
+from vfsmount.client.relay.slots import SlotPool
 
 if TYPE_CHECKING:
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.channel.loan import Loan
     from vfsmount.client.relay.init import Terms
     from vfsmount.client.relay.orders import Orders
-    from vfsmount.client.relay.passthrough import Passthrough
+    from vfsmount.dax_shm.window import Window
 
 __all__ = ["Parts"]
 
@@ -30,9 +35,13 @@ class Parts:
         policy: What the kernel may believe.
         terms: What INIT has settled.
         orders: What other threads say.
-        passthrough: Files that the kernel reads and writes by itself; None without DAX.
+        window: The DAX window, where the kernel has agreed to FUSE passthrough.
+        pass_from: Bytes that a file has to have at least to be passed through; 0 for any.
 
     Attributes:
+        pool: Where messages lie.
+        sleeper: What the thread sleeps on.
+        passthrough: Files that the kernel reads and writes by itself; None without a window.
         kernel: The one end.
         device: The other.
         memory: What is remembered of files.
@@ -48,15 +57,23 @@ class Parts:
         policy: CachePolicy,
         terms: Terms,
         orders: Orders,
-        passthrough: Passthrough | None,
+        window: Window | None,
+        pass_from: int,
     ) -> None:
         self.loan = loan
         self.policy = policy
         self.terms = terms
-        self.passthrough = passthrough
+        self.orders = orders
+        # One more than the ring takes: an INTERRUPT or FORGET can be read when all are in use.
+        slots = loan.requests.capacity + 1
+        self.pool = SlotPool(loan, largest_request(terms.max_message), slots)
+        self.sleeper = Sleeper(dev_fuse, loan, orders)
+        self.passthrough: Passthrough | None = None
+        if window is not None:
+            self.passthrough = Passthrough(loan, window, BackingFiles(dev_fuse), pass_from)
         self.memory = Memory(policy)
         self.kernel = KernelPort(dev_fuse)
-        self.opens = OpenChecks(loan, policy, passthrough)
+        self.opens = OpenChecks(loan, policy, self.passthrough)
         self.device = DevicePort(loan, orders, self.opens)
         self.late = LateReplies(loan, self.kernel, self.device, self.forget, self.memory.released)
         self.answers = Answers(loan, policy, self.kernel, self.opens, self.late, self.memory.xattrs)
