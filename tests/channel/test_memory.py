@@ -31,6 +31,15 @@ def test_nobody_can_change_its_size(memory: SharedMemory, size: int) -> None:
         os.truncate(memory.fd, size)
 
 
+def test_a_kernel_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Map(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(errno.EINVAL, "CONFIG_TRANSPARENT_HUGEPAGE=n")
+
+    monkeypatch.setattr(mmap, "mmap", Map)
+    SharedMemory(SIZE).close()
+
+
 def test_both_ends_see_the_same(memory: SharedMemory) -> None:
     with mmap.mmap(memory.fd, SIZE) as other:
         other[5:8] = b"abc"

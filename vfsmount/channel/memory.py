@@ -61,7 +61,9 @@ class SharedMemory:
             os.close(self.fd)
             self._unlink()
             raise
-        self.map.madvise(mmap.MADV_NOHUGEPAGE)  # a 2 MiB page for a GETATTR is not what we want
+        # A 2 MiB page for a GETATTR is not what we want; a kernel without them says EINVAL.
+        with contextlib.suppress(OSError):
+            self.map.madvise(mmap.MADV_NOHUGEPAGE)
         self.view = memoryview(self.map)
 
     @staticmethod
