@@ -130,6 +130,14 @@ async def test_at_random_nothing_else_is_read(stage: Stage) -> None:
     assert stage.reads == [(at, 4096) for at in places]
 
 
+async def test_a_read_is_whole_where_messages_are_short(stage: Stage) -> None:
+    """A short answer would be the end of the file."""
+    stage.host.facts = stage.host.facts._replace(max_read=PIECE)
+    stage.ops.reading = Reading(cast("Session", stage.host), 64 * MIB)
+    await stage.read(0, PIECE // 8)
+    await stage.read(PIECE // 8)
+
+
 async def test_nothing_is_kept_while_a_late_write_may_come(stage: Stage) -> None:
     """The first was asked for before it, and answered before it, too."""
     stage.host.channel.orphans = 1

@@ -123,11 +123,12 @@ class Reading:
             if ahead is None or start + size <= ahead.start or ahead.end <= start:
                 break
             await ahead.done.wait()
-        if not in_order or not self._most:
+        begin, most = start - start % BLOCK, self._session.facts.max_read
+        least = start + size - begin
+        # Less than what was asked for would be taken for the end of the file.
+        if not in_order or not self._most or least > most:
             return await self._fetch(reader, start, size)
-        begin = start - start % BLOCK
-        wanted = max(self._window(reader), start + size - begin)
-        data = await self._fetch_ahead(reader, begin, min(wanted, self._session.facts.max_read))
+        data = await self._fetch_ahead(reader, begin, min(max(self._window(reader), least), most))
         return data[start - begin :][:size]
 
     def _window(self, reader: Reader) -> int:
