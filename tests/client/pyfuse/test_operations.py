@@ -235,6 +235,19 @@ async def test_absent_capability_is_remembered() -> None:
     assert await ops.getxattr(node, b"security.capability", ROOT) == b"x"
 
 
+async def test_an_open_whose_comparison_times_out_keeps_its_handle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pyfuse3, "invalidate_inode", lambda *_, **__: None)
+    session = FakeSession()
+    ops = operations(session)
+    node = await look_up(ops, session, 5)
+    session.answers["getattr"] = RequestTimeout("late")
+    fh = await opened(ops, session, node)
+    await ops.release(fh)
+    assert session.names().count("release") == 1
+
+
 class Listing:
     """A daemon's directory and a kernel that takes ``room`` entries a call."""
 

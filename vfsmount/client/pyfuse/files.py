@@ -15,7 +15,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError
 from vfsmount.cache.freshness import NOTHING_KNOWN, signature_of
 from vfsmount.client.pyfuse.handlers import Handlers, OpenFile, handler
 from vfsmount.client.pyfuse.reading import Reader
-from vfsmount.errors import RemoteErrno
+from vfsmount.errors import RemoteErrno, RequestTimeout
 from vfsmount.wire.fuse import OpenInFlag, OpenOutFlag, WriteFlag
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ class FileHandlers(Handlers):
         verdict, attr = NOTHING_KNOWN, None
         try:
             attr = (await self._session.getattr(node.nodeid, None, ctx)).attr
-        except RemoteErrno:
-            pass  # then nothing is known
+        except (RemoteErrno, RequestTimeout):
+            pass  # then nothing is known; the handle is there all the same
         else:
             verdict = self._fresh.open(node.nodeid, signature_of(attr))
         if verdict.replaced:
