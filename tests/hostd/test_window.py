@@ -422,3 +422,21 @@ def test_without_anybody_to_ask(guest: DirectGuest, folder: Path) -> None:
         setup(guest, nodeid)
     with expect_errno("ENOSYS"):
         remove(guest, (0, ALIGNMENT))
+
+
+def test_a_bounded_number_of_mapped_files(
+    guest: DirectGuest, front: Front, share: Share, folder: Path
+) -> None:
+    share.open_limit = 2
+    nodes = []
+    for name in ("one", "two", "three"):
+        (folder / name).write_bytes(bytes(ALIGNMENT))
+        nodes.append(guest.walk(name))
+    for at, nodeid in enumerate(nodes[:2]):
+        setup(guest, nodeid, moffset=at * ALIGNMENT)
+    with expect_errno("ENFILE"):
+        setup(guest, nodes[2], moffset=2 * ALIGNMENT)
+    setup(guest, nodes[0], moffset=2 * ALIGNMENT)
+    remove(guest, (ALIGNMENT, ALIGNMENT))
+    setup(guest, nodes[2], moffset=ALIGNMENT)
+    assert all(front.pages[:3])

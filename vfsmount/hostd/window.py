@@ -14,11 +14,11 @@ exactly while a mapping of it exists.
 from __future__ import annotations
 
 import errno
-import os
 from bisect import bisect_left, bisect_right
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from vfsmount.hostd.syscalls import close_quietly
 from vfsmount.wire.vhost_user import BackendRequest, ShmemFlag, ShmemMap
 from vfsmount.wire.virtio_fs import DAX_SHMID
 
@@ -83,6 +83,11 @@ class DaxWindow:
 
     def __len__(self) -> int:
         return len(self._mappings)
+
+    @property
+    def open_files(self) -> int:
+        """Descriptors that the mappings take."""
+        return len(self._files)
 
     def set_up(
         self,
@@ -188,7 +193,7 @@ class DaxWindow:
         file.mappings -= 1
         if not file.mappings:
             del self._files[file.key]
-            os.close(file.fd)
+            close_quietly(file.fd)
 
     def check_invariants(self) -> None:
         """Assert what the module promises; for tests."""

@@ -33,7 +33,8 @@ def setupmapping(session: Session, request: Request) -> bytes:
 
     Raises:
         OSError: EBADF: no such node, or handle of it; ENODEV: no regular file; EACCES: to write by
-            a handle that may not; EROFS; EINVAL: not in the window; ENOSYS: there is none.
+            a handle that may not; EROFS; EINVAL: not in the window; ENOSYS: there is none; ENFILE:
+            it has as many files as a guest may have there.
     """
     window, args = _window(session), request.args
     if args.flags & ~_FLAGS or not args.flags:
@@ -46,14 +47,13 @@ def setupmapping(session: Session, request: Request) -> bytes:
         raise OSError(errno.ENODEV, "only regular files are mapped")
     if write and session.share.options.readonly:
         raise OSError(errno.EROFS, "shared read-only")
-    flags = os.O_RDWR if write else os.O_RDONLY
-    window.set_up(
-        (inode.nodeid, write),
-        args.foffset,
-        args.len,
-        args.moffset,
-        lambda: session.reopen(inode, flags),
-    )
+
+    def open_file() -> int:
+        if window.open_files >= session.share.open_limit:
+            raise OSError(errno.ENFILE, "too many mapped files of one guest")
+        return session.reopen(inode, os.O_RDWR if write else os.O_RDONLY)
+
+    window.set_up((inode.nodeid, write), args.foffset, args.len, args.moffset, open_file)
     return b""
 
 

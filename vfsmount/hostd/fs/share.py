@@ -164,7 +164,7 @@ class Share:
         keeper: How to keep a node without a descriptor.
         node_limit: Descriptors that one guest's nodes may hold between requests.
         open_limit: Files and directories that one guest may have open, which is two descriptors
-            each; and owners of locks that it may have, one each.
+            each; owners of locks, and files in its DAX window, that it may have, one each.
         locks: Who waits for locks.
         open_flags: open(2) flags that a guest may choose.
 
@@ -175,10 +175,10 @@ class Share:
     def __init__(self, directory: str | bytes | os.PathLike[str], options: ShareOptions) -> None:
         self.options = options
         self.locks = LockBoard()
-        # One guest alone cannot use up what all have: it gets at most 7/8 of it.
+        # One guest alone cannot use up what all have: it gets at most 15/16 of it.
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self.node_limit = min(MAX_NODE_FDS, descriptors // 8)
-        self.open_limit = descriptors // 4
+        self.open_limit = descriptors // 5
         self.open_flags = (
             _OPEN_FLAGS
             | (os.O_DIRECT if options.direct_io else 0)
