@@ -8,11 +8,11 @@ descriptors. A front-end that begins a message must finish it within the socket'
 from __future__ import annotations
 
 import array
-import os
 import socket
 from typing import TYPE_CHECKING, NamedTuple
 
 from vfsmount.hostd.faults import GuestFault
+from vfsmount.hostd.syscalls import close_quietly
 from vfsmount.wire.vhost_user import HEADER, MAX_FDS, decode_header, encode_header
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Message(NamedTuple):
 def close_all(fds: Sequence[int]) -> None:
     """Close descriptors that nobody took."""
     for fd in fds:
-        os.close(fd)
+        close_quietly(fd)
 
 
 def receive(sock: socket.socket) -> Message | None:

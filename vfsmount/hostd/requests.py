@@ -55,9 +55,13 @@ class RequestChannel:
             raise Refused("back-end request channel that is no stream socket")
         # By the kernel: Python's own time limit costs a poll(2) for each call.
         limit = struct.pack("ll", int(_PATIENCE), 0)
-        self._socket.setblocking(True)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
+        try:
+            self._socket.setblocking(True)
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
+        except OSError as error:
+            self._socket.detach()
+            raise Refused(f"back-end request channel without a time limit: {error}") from None
 
     def close(self) -> None:
         """Close the channel; again is harmless. The front-end's answers no longer matter."""

@@ -248,11 +248,13 @@ class Server:
             guest.close()
 
     def _serve(self, guest: Connection) -> None:
-        guest.run()
-        with self._lock:
-            del self._guests[guest]
-        if self._once:
-            self.stop()
+        try:
+            guest.run()
+        finally:
+            with self._lock:
+                del self._guests[guest]
+            if self._once:
+                self.stop()
 
 
 def serve(

@@ -11,6 +11,7 @@ import os
 import platform
 import struct
 import threading
+from contextlib import suppress
 from typing import Any, Final
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "UTIME_OMIT",
     "MountIds",
     "birth_time",
+    "close_quietly",
     "detach",
     "drop_bounding_set",
     "enter_mount_namespace",
@@ -124,6 +126,16 @@ _OpenHow = ctypes.c_uint64 * 3
 _CapHeader = ctypes.c_uint32 * 2
 #: Effective, permitted, inheritable of capabilities 0 to 31, then of 32 to 63.
 _CapData = ctypes.c_uint32 * 6
+
+
+def close_quietly(fd: int) -> None:
+    """close(2), which closes in any case, without its error.
+
+    Some file systems tell of earlier writes here. FLUSH has told the guest; where many descriptors
+    are let go of, the others must be, too.
+    """
+    with suppress(OSError):
+        os.close(fd)
 
 
 def renameat2(old_dir: int, old_name: bytes, new_dir: int, new_name: bytes, flags: int) -> None:

@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 import struct
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.hostd import syscalls
@@ -140,12 +141,12 @@ def create(session: Session, request: Request) -> bytes:
 def _open_existing(session: Session, parent: Inode, request: Request) -> bytes:
     args = request.args
     nodeid, _, place = session.inodes.look_up(parent.fd, request.names[0])
-    try:
+    with ExitStack() as undo:
+        undo.callback(session.inodes.forget, nodeid, 1)
         handle = _open_node(session, session.inodes.get(nodeid), args.flags, args.open_flags)
-    except OSError:
-        session.inodes.forget(nodeid, 1)
-        raise
-    found = os.fstat(handle.fd)  # again, for O_TRUNC may have changed the size
+        undo.callback(syscalls.close_quietly, handle.fd)
+        found = os.fstat(handle.fd)  # again, for O_TRUNC may have changed the size
+        undo.pop_all()
     return session.entry(parent, nodeid, found, place) + _open_out(session, handle)
 
 

@@ -10,6 +10,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from vfsmount.hostd.syscalls import close_quietly
 from vfsmount.wire.fuse import FsyncFlag
 
 if TYPE_CHECKING:
@@ -102,14 +103,14 @@ class HandleTable(Generic[H]):
         if handle is None:
             raise OSError(errno.EBADF, "no such file handle")
         self._inodes.unpin(handle.inode)
-        os.close(handle.fd)
+        close_quietly(handle.fd)
 
     def clear(self) -> None:
         """Close all."""
         handles, self._handles = self._handles, {}
         for handle in handles.values():
             self._inodes.unpin(handle.inode)
-            os.close(handle.fd)
+            close_quietly(handle.fd)
 
 
 def make_durable(fd: int, request: Request) -> None:

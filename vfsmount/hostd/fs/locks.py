@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from vfsmount.hostd.fs.call import Deferred
 from vfsmount.hostd.fs.lockboard import TURN, Wait
+from vfsmount.hostd.syscalls import close_quietly
 from vfsmount.wire.fuse import LK_OUT, LockFlag, LockType
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ class GuestLocks:
     def _close(self, owners: list[_Owner]) -> None:
         with self.board.mutex:
             for owner in owners:
-                os.close(owner.fd)
+                close_quietly(owner.fd)
         self._held -= len(owners)
         self.notify()
 
