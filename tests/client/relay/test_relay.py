@@ -22,6 +22,8 @@ from vfsmount.wire.vhost_user import VirtioFeature
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tests.client.relay.fake_kernel import Stage
+
 NONE = CachePolicy.for_mode("none")
 ATTR = fuse.Attr(7, 100, 8, 1, 2, 3, 4, 5, 6, 0o100644, 1, 0, 0, 0, 4096, 0)
 ENTRY = fuse.ENTRY_OUT.pack(fuse.EntryOut(42, 0, 0, 0, 0, 0, ATTR))
@@ -339,12 +341,18 @@ LOCK = fuse.LkIn(3, 1234, 0, 9, LockType.WRITE, 77, 0)
 WAIT = fuse.LK_IN.pack(LOCK)
 
 
+async def interrupted_wait(stage: Stage, keeper: Keeper) -> int:
+    """Interrupt a wait for a lock that the device has; return the number of the request."""
+    unique = stage.send(Opcode.SETLKW, 9, WAIT)
+    await keeper.wait_kept(1)
+    stage.interrupt(unique)
+    return unique
+
+
 async def test_a_wait_for_a_lock_ends_when_interrupted_and_a_late_grant_is_undone() -> None:
     keeper = Keeper(Opcode.SETLKW)
     async with on_stage(keeper) as stage:
-        unique = stage.send(Opcode.SETLKW, 9, WAIT)
-        await keeper.wait_kept(1)
-        stage.interrupt(unique)
+        unique = await interrupted_wait(stage, keeper)
         reply = await stage.receive()
         assert (reply.unique, reply.errno) == (unique, errno.EINTR)
 
@@ -358,9 +366,7 @@ async def test_a_wait_for_a_lock_ends_when_interrupted_and_a_late_grant_is_undon
 async def test_a_wait_that_is_asked_for_again_goes_on() -> None:
     keeper = Keeper(Opcode.SETLKW)
     async with on_stage(keeper) as stage:
-        first = stage.send(Opcode.SETLKW, 9, WAIT)
-        await keeper.wait_kept(1)
-        stage.interrupt(first)
+        await interrupted_wait(stage, keeper)
         await stage.receive()
         again = stage.send(Opcode.SETLKW, 9, WAIT)
         await stage.nothing_comes()
@@ -376,9 +382,7 @@ async def test_a_wait_that_is_asked_for_again_goes_on() -> None:
 async def test_an_owner_that_locked_something_else_meanwhile_keeps_the_grant() -> None:
     keeper = Keeper(Opcode.SETLKW)
     async with on_stage(keeper) as stage:
-        first = stage.send(Opcode.SETLKW, 9, WAIT)
-        await keeper.wait_kept(1)
-        stage.interrupt(first)
+        await interrupted_wait(stage, keeper)
         await stage.receive()
         read_lock = fuse.LK_IN.pack(LOCK._replace(type=LockType.READ, end=3))
         await stage.call(Opcode.SETLK, 9, read_lock)
@@ -392,9 +396,7 @@ async def test_an_owner_that_locked_something_else_meanwhile_keeps_the_grant() -
 async def test_a_device_that_heeds_interrupts_ends_the_wait_itself() -> None:
     keeper = Keeper(Opcode.SETLKW)
     async with on_stage(keeper, heeds_interrupts=True) as stage:
-        unique = stage.send(Opcode.SETLKW, 9, WAIT)
-        await keeper.wait_kept(1)
-        stage.interrupt(unique)
+        unique = await interrupted_wait(stage, keeper)
         interrupt = await keeper.wait_other(Opcode.INTERRUPT)
         assert fuse.INTERRUPT_IN.unpack(interrupt.body).unique == keeper.kept[0].header.unique
         await stage.nothing_comes()
