@@ -225,5 +225,5 @@ def test_errno_is_the_hosts() -> None:
         resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (ROOM, ROOM))
         with start_mount(path, daemon.socket, engine="relay", options=["--writeback"]):
             one, two = (os.open(path / "file", os.O_WRONLY | os.O_CREAT) for _ in range(2))
-            os.pwrite(one, b"1", ROOM)
+            os.pwrite(one, b"1" * WRITTEN, 0)
             assert [error_of(os.close, fd) for fd in (one, two)] == ["EFBIG", "EFBIG"]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 KEPT = CachePolicy.for_mode("always", writeback=True)
 FILE = 7
+PAGE = bytes(range(256)) * 16
 MINE, OTHERS = 0x1111, 0x2222
 
 
@@ -34,6 +35,8 @@ class Kernel:
         self.handles = 0
         self.is_mute = False
         self.links = 1
+        self.parts: list[int] = []
+        self.written = bytearray()
 
     def serve(self, request: DeviceRequest) -> None:
         opcode = request.header.opcode
@@ -46,12 +49,23 @@ class Kernel:
             attr = fuse.Attr(7, 0, 0, 0, 0, 0, 0, 0, 0, 0o100644, self.links, 0, 0, 0, 4096, 0)
             request.reply(fuse.ATTR_OUT.pack(fuse.AttrOut(0, 0, attr)))
         elif opcode == Opcode.WRITE:
-            if not self.is_mute:
-                request.reply(error=self.error)
+            self.write_part(request)
         elif not request.room:
             request.use()
         else:
             request.reply(error=self.answers.get(opcode, 0))
+
+    def write_part(self, request: DeviceRequest) -> None:
+        """Take as much as ``parts`` says next; with none left, refuse."""
+        write = fuse.WRITE_IN.unpack(request.body)
+        data = request.body[fuse.WRITE_IN.size :]
+        assert (len(data), request.header.len) == (write.size, len(request.data))
+        if self.parts:
+            taken = self.parts.pop(0)
+            self.written[write.offset : write.offset + taken] = data[:taken]
+            request.reply(fuse.WRITE_OUT.values(taken))
+        elif not self.is_mute:
+            request.reply(error=self.error)
 
     async def open(self, flags: int = os.O_WRONLY) -> int:
         unique = self.stage.send(Opcode.OPEN, FILE, fuse.OPEN_IN.values(flags, 0))
@@ -60,7 +74,7 @@ class Kernel:
         return fuse.OPEN_OUT.unpack(reply.body).fh
 
     async def write(self, fh: int, flags: int = WriteFlag.CACHE) -> Reply:
-        body = fuse.WRITE_IN.values(fh, 0, 4096, flags, 0, 0) + bytes(4096)
+        body = fuse.WRITE_IN.values(fh, 0, 4096, flags, 0, 0) + PAGE
         return await self.stage.call(Opcode.WRITE, FILE, body)
 
     async def flush(self, fh: int, owner: int = MINE) -> int:
@@ -149,6 +163,25 @@ async def test_a_daemon_without_flush_and_fsync() -> None:
         assert [await it.flush(one), await it.fsync(one)] == [errno.EDQUOT] * 2
         it.answers = {Opcode.FLUSH: -errno.EIO}
         assert await it.flush(one) == errno.EIO
+
+
+async def test_what_is_taken_in_parts() -> None:
+    """The kernel would not notice; the daemon says why with the next part only."""
+    async with kernel() as it:
+        one = await it.open()
+        it.parts = [1000, 3095, 1]
+        assert (await it.write(one)).errno == 0
+        assert it.written == PAGE
+        assert await it.flush(one) == 0
+        it.parts = [1000, 95]
+        assert (await it.write(one)).errno == 0
+        assert await it.flush(one) == errno.EDQUOT
+        it.parts = [0]
+        assert (await it.write(one)).errno == 0
+        assert await it.flush(one) == errno.ENOSPC
+        await it.release(one)
+        it.parts = [1000]
+        assert (await it.write(one)).errno == errno.EDQUOT
 
 
 async def test_no_reply_in_time() -> None:

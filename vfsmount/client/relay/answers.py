@@ -92,7 +92,11 @@ class Answers:
         self._negative = negative_entry(policy)
 
     def answer(self, slot: Slot) -> None:
-        """Write one reply to the kernel."""
+        """Write one reply to the kernel.
+
+        Raises:
+            TookPart: Not yet: there is a rest to be written.
+        """
         route = slot.route
         counter = route.counter
         if counter is None or slot.errno:
@@ -109,8 +113,7 @@ class Answers:
             try:
                 rewrite(self._map, at, length, slot.nodeid, slot.at)
             except FailsHere as failure:
-                slot.errno = failure.errno
-                self._answer_error(slot)
+                self.fail(slot, failure.errno)
                 return
         if slot.check is not None and not self._may_open(slot):
             return
@@ -130,6 +133,11 @@ class Answers:
             self._write(view)
         except OSError as error:
             self._refused(slot, error)
+
+    def fail(self, slot: Slot, number: int) -> None:
+        """Answer a request that has succeeded at the daemon with an errno."""
+        slot.errno = number
+        self._answer_error(slot)
 
     def count(self, slot: Slot) -> None:
         """Count a reply, whatever becomes of it."""

@@ -6,11 +6,13 @@ are the kernel's. Both may be outstanding at once, and the queue keeps some desc
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.channel.inflight import ABANDONED, SENT, Pending
 from vfsmount.client.relay.slots import Slot
 from vfsmount.errors import ProtocolViolation
+from vfsmount.wire import fuse
 
 if TYPE_CHECKING:
     from vfsmount.channel.loan import Loan
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["DevicePort"]
 
 _FORGET_BATCH: Final = 32
+_U32: Final = struct.Struct("<I")
+_U64: Final = struct.Struct("<Q")
+_IN: Final = fuse.IN_HEADER.size
+_WRITE_OFFSET_AT: Final = _IN + 8  # write_in: fh, offset, size
+_WRITE_SIZE_AT: Final = _IN + 16
 
 
 class DevicePort:
@@ -36,13 +43,24 @@ class DevicePort:
         undoing: Requests of our own that have found no room yet.
     """
 
-    __slots__ = ("_held", "_loan", "_opens", "_orders", "_queue", "posted", "stalled", "undoing")
+    __slots__ = (
+        "_held",
+        "_loan",
+        "_map",
+        "_opens",
+        "_orders",
+        "_queue",
+        "posted",
+        "stalled",
+        "undoing",
+    )
 
     def __init__(self, loan: Loan, orders: Orders, opens: OpenChecks) -> None:
         self._loan = loan
         self._orders = orders
         self._opens = opens
         self._queue = loan.requests
+        self._map = loan.memory.map
         self.posted = 0
         self.stalled: list[Slot] = []
         self.undoing: list[Pending] = []
@@ -65,6 +83,25 @@ class DevicePort:
             self._queue.submit_reserved(slot, slot.head, False)
         elif not self._queue.submit_placed(slot, slot.at, slot.size):
             self.stalled.append(slot)
+
+    def send_rest(self, slot: Slot, taken: int) -> bool:
+        """Send a WRITE again, less what the device has written; False when that cannot be true."""
+        data = slot.at + _IN + fuse.WRITE_IN.size
+        left = slot.at + slot.size - data - taken  # by what is known here, not by shared memory
+        if not taken or left <= 0:
+            return False
+        (offset,) = _U64.unpack_from(self._map, slot.at + _WRITE_OFFSET_AT)
+        self._map.move(data, data + taken, left)
+        _U32.pack_into(self._map, slot.at, slot.size - taken)
+        _U64.pack_into(self._map, slot.at + _WRITE_OFFSET_AT, (offset + taken) % (1 << 64))
+        _U32.pack_into(self._map, slot.at + _WRITE_SIZE_AT, left)
+        slot.size -= taken
+        slot.errno = slot.length = 0
+        if slot.head >= 0:
+            self._queue.describe_reserved(slot, slot.at, slot.size)
+        self.submit(slot)
+        self.kick()
+        return True
 
     def retry_stalled(self) -> None:
         """Hand over what found no room."""

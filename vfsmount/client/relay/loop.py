@@ -37,6 +37,7 @@ from vfsmount.channel.inflight import DONE, POSTED, Pending
 from vfsmount.channel.rings import PollBudget
 from vfsmount.client.relay.caretaker import Caretaker
 from vfsmount.client.relay.kernel import ENDED
+from vfsmount.client.relay.rewrite import TookPart
 from vfsmount.client.relay.rooms import room_for_reply
 from vfsmount.client.relay.routes import ROUTES, make_routes
 from vfsmount.client.relay.slots import Slot
@@ -316,12 +317,16 @@ class Loop:
                         if self._opens.replied(pending):
                             self._finish(pending)
                     elif pending.state == DONE:
-                        answer(pending)
-                        pending.answers = 0
-                        if self._spare is None:
-                            self._spare = pending
+                        try:
+                            answer(pending)
+                        except TookPart as part:
+                            self._send_rest(pending, part.count)
                         else:
-                            self._give_back(pending)
+                            pending.answers = 0
+                            if self._spare is None:
+                                self._spare = pending
+                            else:
+                                self._give_back(pending)
                     else:
                         self._settle(pending)
                 pending = take() if ring.outstanding else None
@@ -338,6 +343,15 @@ class Loop:
             self._device.retry_stalled()
         if self._answers.counted_ns > self._due_ns:
             self._look_after(idle=False)
+
+    def _send_rest(self, slot: Slot, taken: int) -> None:
+        """The kernel's pages are written in part; go on, or say that they are not written."""
+        self._opens.begin_change()
+        if not self._device.send_rest(slot, taken):
+            self._opens.end_change()
+            self._answers.fail(slot, errno.EIO)
+            slot.answers = 0
+            self._give_back(slot)
 
     def _finish(self, slot: Slot) -> None:
         """All that an answer needs is there."""

@@ -11,7 +11,8 @@ the complete list of exceptions:
 * "No such name" becomes a negative entry where the policy remembers absence (``negative_entry``).
 * Set-id bits are taken off before a write that must clear them, where the daemon will not
   (``memory``).
-* A short WRITE of the kernel's pages, which it would not notice, is an error (``FailsHere``).
+* After a short WRITE of the kernel's pages, which it would not notice, the rest is sent again
+  (``TookPart``); the daemon says then why it takes no more.
 * Below the kernel's write-back a WRITE of its pages that fails has succeeded for the kernel, and
   FSYNC and FLUSH fail for that (``unwritten``).
 * Below the kernel's write-back a file is opened readable and not for appending
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FailsHere",
+    "TookPart",
     "flags_below_writeback",
     "judge_write_back",
     "negative_entry",
@@ -98,6 +100,18 @@ class FailsHere(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(os.strerror(number))
         self.errno = number
+
+
+class TookPart(Exception):
+    """The daemon has written a part of the kernel's pages; the rest is to be sent.
+
+    Attributes:
+        count: Bytes that it took.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"{count} bytes taken")
+        self.count = count
 
 
 def _split(seconds: float) -> tuple[int, int]:
@@ -272,12 +286,15 @@ def judge_write_back(memory: mmap.mmap, at: int, _length: int, _nodeid: int, req
     """As a rewriter, of a WRITE of the kernel's own pages (FUSE_WRITE_CACHE).
 
     Raises:
-        FailsHere: The daemon took less than all. It does not say why: at the end of the room,
-            nearly always. The kernel heeds only errors there: the rest would be lost untold.
+        TookPart: The daemon took less than all. The kernel heeds only errors there: the rest would
+            be lost untold.
+        FailsHere: It took nothing, and does not say why.
     """
     (asked,) = _U32.unpack_from(memory, request + _WRITE_SIZE_AT)
-    if _U32.unpack_from(memory, at)[0] < asked:
-        raise FailsHere(errno.ENOSPC)
+    (taken,) = _U32.unpack_from(memory, at)
+    if not taken < asked:
+        return
+    raise TookPart(taken) if taken else FailsHere(errno.ENOSPC)
 
 
 def negative_entry(policy: CachePolicy) -> bytes | None:
