@@ -1,8 +1,9 @@
-"""READDIRPLUS that is sent as READDIR: names alone, where the kernel knows the rest already.
+"""Listings: how long the kernel keeps them, and how it is given names alone.
 
-``cache.known_names`` says where. Only the beginning of a listing is changed; how it goes on, the
-kernel decides by what was looked at. The reply gets the shape that the kernel has asked for, with
-entries of node 0: a name, and nothing about the file.
+READDIRPLUS is sent as READDIR where the kernel knows the rest already (``cache.known_names``). Only
+the beginning of a listing is changed; how it goes on, the kernel decides by what was looked at.
+The reply gets the shape that the kernel has asked for, with entries of node 0: a name, and nothing
+about the file.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final
 
+from vfsmount.cache.policy import FOREVER
 from vfsmount.wire import fuse
+from vfsmount.wire.fuse import OpenOutFlag
 
 if TYPE_CHECKING:
     import mmap
 
-__all__ = ["names_as_plus", "room_for_names"]
+    from vfsmount.cache.policy import CachePolicy
+
+__all__ = ["ListingAges", "names_as_plus", "room_for_names"]
 
 _IN: Final = fuse.IN_HEADER.size
 #: fuse_read_in: fh, offset, size.
@@ -54,3 +59,28 @@ def names_as_plus(memory: mmap.mmap, at: int, length: int) -> bytes:
         parts += (_NOTHING, names[start:end])
         start = end
     return b"".join(parts)
+
+
+class ListingAges:
+    """When the kernel began to keep the listing of each directory; bounded."""
+
+    __slots__ = ("_since",)
+    _LIMIT: Final = 1 << 14
+
+    def __init__(self) -> None:
+        self._since: dict[int, float] = {}
+
+    def flags(self, nodeid: int, policy: CachePolicy, now: float) -> int:
+        """Return the open flags of a directory that is opened at ``now`` seconds."""
+        if not policy.dir_timeout:
+            return 0
+        if policy.dir_timeout == FOREVER:
+            return OpenOutFlag.CACHE_DIR | OpenOutFlag.KEEP_CACHE
+        since = self._since.get(nodeid)
+        if policy.keeps_listing(None if since is None else now - since):
+            return OpenOutFlag.CACHE_DIR | OpenOutFlag.KEEP_CACHE
+        self._since.pop(nodeid, None)
+        self._since[nodeid] = now
+        if len(self._since) > self._LIMIT:
+            del self._since[next(iter(self._since))]
+        return OpenOutFlag.CACHE_DIR

@@ -38,7 +38,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.cache.freshness import SIGNATURE_AT, SIGNATURE_SIZE
-from vfsmount.cache.policy import FOREVER
+from vfsmount.client.relay.listings import ListingAges
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import Opcode, OpenOutFlag
 
@@ -142,19 +142,46 @@ def reply_rewriters(
         unwritten: Is told of handles that may write, likewise.
         no_flush: No FLUSH is wanted of handles that cannot write.
     """
+    learn = _learner(modes, fresh)
+    entry = _of_entry(policy, learn, known)
+    table: dict[Opcode, Rewriter] = {
+        Opcode.OPEN: _of_open(policy, unwritten, no_flush=no_flush),
+        Opcode.OPENDIR: _of_opendir(policy),
+        **dict.fromkeys((Opcode.CREATE, Opcode.TMPFILE), _of_create(policy, entry, unwritten)),
+    }
+    if not policy.from_host or modes is not None:
+        names = (Opcode.LOOKUP, Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK)
+        table |= dict.fromkeys(names, entry)
+        attributes = _of_attributes(policy, modes, fresh)
+        table |= dict.fromkeys((Opcode.GETATTR, Opcode.SETATTR), attributes)
+        table[Opcode.READDIRPLUS] = _of_listing(policy, learn)
+    if not policy.from_host:
+        table[Opcode.STATX] = _of_statx(policy)
+    return {int(opcode): rewriter for opcode, rewriter in table.items()}
+
+
+# --- names and attributes ------------------------------------------------------------------------
+
+
+def _entry_valid(policy: CachePolicy) -> bytes:
     (entry_s, entry_ns), (attr_s, attr_ns) = (
         _split(policy.entry_timeout),
         _split(policy.attr_timeout),
     )
-    entry_valid = _ENTRY_VALID.pack(entry_s, attr_s, entry_ns, attr_ns)
-    attr_valid = _ATTR_VALID.pack(attr_s, attr_ns)
-    absent_s, absent_ns = _split(policy.negative_timeout)
-    absent_valid = _ENTRY_VALID.pack(absent_s, 0, absent_ns, 0)
-    no_node = bytes(8)
-    file_flags = _open_flags(policy)
-    from_host = policy.from_host
-    listings = ListingAges()
-    learns = modes is not None or fresh is not None
+    return _ENTRY_VALID.pack(entry_s, attr_s, entry_ns, attr_ns)
+
+
+def _absent_valid(policy: CachePolicy) -> bytes:
+    seconds, nanoseconds = _split(policy.negative_timeout)
+    return _ENTRY_VALID.pack(seconds, 0, nanoseconds, 0)
+
+
+def _learner(
+    modes: SetIdMemory | None, fresh: Freshness | None
+) -> Callable[[mmap.mmap, int], None] | None:
+    """Return what looks at the ``fuse_entry_out`` at an offset, None when nobody wants to know."""
+    if modes is None and fresh is None:
+        return None
 
     def learn(memory: mmap.mmap, at: int) -> None:
         if modes is not None:
@@ -163,35 +190,123 @@ def reply_rewriters(
             start = at + _ENTRY_SIGNATURE
             fresh.gave(_U64(memory, at)[0], memory[start : start + SIGNATURE_SIZE])
 
-    def entry(memory: mmap.mmap, at: int, length: int, nodeid: int, _request: int) -> None:
+    return learn
+
+
+def _of_entry(
+    policy: CachePolicy,
+    learn: Callable[[mmap.mmap, int], None] | None,
+    known: KnownNames | None,
+) -> Rewriter:
+    valid, absent_valid, no_node = _entry_valid(policy), _absent_valid(policy), bytes(8)
+    from_host = policy.from_host
+
+    def rewrite(memory: mmap.mmap, at: int, length: int, nodeid: int, _request: int) -> None:
         if length < _ENTRY:
             return
         if known is not None:
             known.named(nodeid, monotonic())
         start = at + _ENTRY_VALID_AT
         end = start + _ENTRY_VALID.size
-        if memory[start:end] != entry_valid and not from_host:
+        if memory[start:end] != valid and not from_host:
             exists = memory[at : at + 8] != no_node
-            memory[start:end] = entry_valid if exists else absent_valid
-        if learns:
+            memory[start:end] = valid if exists else absent_valid
+        if learn is not None:
             learn(memory, at)
 
-    def attr(memory: mmap.mmap, at: int, length: int, nodeid: int, _request: int) -> None:
+    return rewrite
+
+
+def _of_listing(policy: CachePolicy, learn: Callable[[mmap.mmap, int], None] | None) -> Rewriter:
+    valid, from_host = _entry_valid(policy), policy.from_host
+
+    def rewrite(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
+        end = at + length
+        while at + _DIRENTPLUS <= end:
+            start = at + _ENTRY_VALID_AT
+            if memory[start : start + _ENTRY_VALID.size] != valid and not from_host:
+                memory[start : start + _ENTRY_VALID.size] = valid
+            if learn is not None:
+                learn(memory, at)
+            # The length may lie; the kernel then refuses the reply. Each step goes on by 152 at
+            # least, so this ends, and stays inside the reply.
+            at += (_DIRENTPLUS + _NAME_LENGTH(memory, at + _NAME_LENGTH_AT)[0] + 7) & -8
+
+    return rewrite
+
+
+def _of_attributes(
+    policy: CachePolicy, modes: SetIdMemory | None, fresh: Freshness | None
+) -> Rewriter:
+    valid, from_host = _ATTR_VALID.pack(*_split(policy.attr_timeout)), policy.from_host
+
+    def rewrite(memory: mmap.mmap, at: int, length: int, nodeid: int, _request: int) -> None:
         if length < _ATTR_OUT:
             return
-        if memory[at : at + _ATTR_VALID.size] != attr_valid and not from_host:
-            memory[at : at + _ATTR_VALID.size] = attr_valid
+        if memory[at : at + _ATTR_VALID.size] != valid and not from_host:
+            memory[at : at + _ATTR_VALID.size] = valid
         if modes is not None:
             modes.see(nodeid, _U32.unpack_from(memory, at + _MODE_AT)[0])
         if fresh is not None:
             start = at + _ATTR_SIGNATURE
             fresh.gave(nodeid, memory[start : start + SIGNATURE_SIZE])
 
-    def statx(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
-        if length >= _ATTR_VALID.size and memory[at : at + _ATTR_VALID.size] != attr_valid:
-            memory[at : at + _ATTR_VALID.size] = attr_valid
+    return rewrite
 
-    def opened(memory: mmap.mmap, at: int, length: int, ours: int) -> None:
+
+def _of_statx(policy: CachePolicy) -> Rewriter:
+    valid = _ATTR_VALID.pack(*_split(policy.attr_timeout))
+
+    def rewrite(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
+        if length >= _ATTR_VALID.size and memory[at : at + _ATTR_VALID.size] != valid:
+            memory[at : at + _ATTR_VALID.size] = valid
+
+    return rewrite
+
+
+# --- opens ---------------------------------------------------------------------------------------
+
+
+def _of_open(policy: CachePolicy, unwritten: Unwritten | None, *, no_flush: bool) -> Rewriter:
+    put, file_flags = _flag_rewriter(policy), _open_flags(policy)
+
+    def rewrite(memory: mmap.mmap, at: int, length: int, nodeid: int, request: int) -> None:
+        ours = file_flags
+        if unwritten is not None and length >= fuse.OPEN_OUT.size:
+            _note_writer(unwritten, memory, at, nodeid, request)
+        if no_flush and _U32.unpack_from(memory, request + _IN)[0] & os.O_ACCMODE == os.O_RDONLY:
+            ours |= OpenOutFlag.NOFLUSH
+        put(memory, at, length, ours)
+
+    return rewrite
+
+
+def _of_opendir(policy: CachePolicy) -> Rewriter:
+    put, listings = _flag_rewriter(policy), ListingAges()
+
+    def rewrite(memory: mmap.mmap, at: int, length: int, nodeid: int, _request: int) -> None:
+        put(memory, at, length, listings.flags(nodeid, policy, monotonic()))
+
+    return rewrite
+
+
+def _of_create(policy: CachePolicy, entry: Rewriter, unwritten: Unwritten | None) -> Rewriter:
+    put, file_flags = _flag_rewriter(policy), _open_flags(policy)
+
+    def rewrite(memory: mmap.mmap, at: int, length: int, nodeid: int, request: int) -> None:
+        entry(memory, at, length, nodeid, request)
+        put(memory, at + _ENTRY, length - _ENTRY, file_flags)
+        if unwritten is not None and length >= _ENTRY + fuse.OPEN_OUT.size:
+            _note_writer(unwritten, memory, at + _ENTRY, _U64(memory, at)[0], request)
+
+    return rewrite
+
+
+def _flag_rewriter(policy: CachePolicy) -> Callable[[mmap.mmap, int, int, int], None]:
+    """Return what puts our flags into a ``fuse_open_out`` of a given length."""
+    from_host = policy.from_host
+
+    def put(memory: mmap.mmap, at: int, length: int, ours: int) -> None:
         if length < fuse.OPEN_OUT.size:
             return
         theirs: int = _U32.unpack_from(memory, at + _OPEN_FLAGS_AT)[0]
@@ -201,45 +316,7 @@ def reply_rewriters(
         if flags != theirs:
             _U32.pack_into(memory, at + _OPEN_FLAGS_AT, flags)
 
-    def opened_file(memory: mmap.mmap, at: int, length: int, nodeid: int, request: int) -> None:
-        ours = file_flags
-        if unwritten is not None and length >= fuse.OPEN_OUT.size:
-            _note_writer(unwritten, memory, at, nodeid, request)
-        if no_flush and _U32.unpack_from(memory, request + _IN)[0] & os.O_ACCMODE == os.O_RDONLY:
-            ours |= OpenOutFlag.NOFLUSH
-        opened(memory, at, length, ours)
-
-    def opened_dir(memory: mmap.mmap, at: int, length: int, nodeid: int, _request: int) -> None:
-        opened(memory, at, length, listings.flags(nodeid, policy, monotonic()))
-
-    def created(memory: mmap.mmap, at: int, length: int, nodeid: int, request: int) -> None:
-        entry(memory, at, length, nodeid, request)
-        opened(memory, at + _ENTRY, length - _ENTRY, file_flags)
-        if unwritten is not None and length >= _ENTRY + fuse.OPEN_OUT.size:
-            _note_writer(unwritten, memory, at + _ENTRY, _U64(memory, at)[0], request)
-
-    def listed(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
-        end = at + length
-        while at + _DIRENTPLUS <= end:
-            start = at + _ENTRY_VALID_AT
-            if memory[start : start + _ENTRY_VALID.size] != entry_valid and not from_host:
-                memory[start : start + _ENTRY_VALID.size] = entry_valid
-            if learns:
-                learn(memory, at)
-            # The length may lie; the kernel then refuses the reply. Each step goes on by 152 at
-            # least, so this ends, and stays inside the reply.
-            at += (_DIRENTPLUS + _NAME_LENGTH(memory, at + _NAME_LENGTH_AT)[0] + 7) & -8
-
-    table: dict[Opcode, Rewriter] = {Opcode.OPEN: opened_file, Opcode.OPENDIR: opened_dir}
-    table |= dict.fromkeys((Opcode.CREATE, Opcode.TMPFILE), created)
-    if not from_host or modes is not None:
-        names = (Opcode.LOOKUP, Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK)
-        table |= dict.fromkeys(names, entry)
-        table |= dict.fromkeys((Opcode.GETATTR, Opcode.SETATTR), attr)
-        table[Opcode.READDIRPLUS] = listed
-    if not from_host:
-        table[Opcode.STATX] = statx
-    return {int(opcode): rewriter for opcode, rewriter in table.items()}
+    return put
 
 
 def _note_writer(
@@ -257,29 +334,7 @@ def _open_flags(policy: CachePolicy) -> int:
     return OpenOutFlag.KEEP_CACHE if policy.keep_cache else OpenOutFlag(0)
 
 
-class ListingAges:
-    """When the kernel began to keep the listing of each directory; bounded."""
-
-    __slots__ = ("_since",)
-    _LIMIT: Final = 1 << 14
-
-    def __init__(self) -> None:
-        self._since: dict[int, float] = {}
-
-    def flags(self, nodeid: int, policy: CachePolicy, now: float) -> int:
-        """Return the open flags of a directory that is opened at ``now`` seconds."""
-        if not policy.dir_timeout:
-            return 0
-        if policy.dir_timeout == FOREVER:
-            return OpenOutFlag.CACHE_DIR | OpenOutFlag.KEEP_CACHE
-        since = self._since.get(nodeid)
-        if policy.keeps_listing(None if since is None else now - since):
-            return OpenOutFlag.CACHE_DIR | OpenOutFlag.KEEP_CACHE
-        self._since.pop(nodeid, None)
-        self._since[nodeid] = now
-        if len(self._since) > self._LIMIT:
-            del self._since[next(iter(self._since))]
-        return OpenOutFlag.CACHE_DIR
+# --- the rest ------------------------------------------------------------------------------------
 
 
 def judge_write_back(memory: mmap.mmap, at: int, _length: int, _nodeid: int, request: int) -> None:
@@ -301,10 +356,7 @@ def negative_entry(policy: CachePolicy) -> bytes | None:
     """Return the body that stands for "no such name, and you may remember it", or None."""
     if not policy.negative_timeout:
         return None
-    seconds, nanoseconds = _split(policy.negative_timeout)
-    body = bytearray(_ENTRY)
-    _ENTRY_VALID.pack_into(body, _ENTRY_VALID_AT, seconds, 0, nanoseconds, 0)
-    return bytes(body)
+    return (bytes(_ENTRY_VALID_AT) + _absent_valid(policy)).ljust(_ENTRY, b"\0")
 
 
 def flags_below_writeback(flags: int) -> int:
