@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vfsmount.cache.policy import CachePolicy
-from vfsmount.client.relay.init import flags_to_withdraw, init_answer
+from vfsmount.client.relay.init import Terms, flags_to_withdraw, init_answer, settled_terms
 from vfsmount.client.relay.memory import (
     SetIdMemory,
     flags_of_write,
@@ -139,6 +139,25 @@ def test_flags_that_change_requests_are_withdrawn_from_the_daemon() -> None:
 
     assert flags_to_withdraw(EVERYTHING, facts(accepted)) == InitFlag(0)
     assert flags_to_withdraw(InitFlag.SETXATTR_EXT, facts(accepted)) == InitFlag.SECURITY_CTX
+
+
+def test_the_terms_are_what_both_sides_have_settled() -> None:
+    nothing = settled_terms(facts(InitFlag(0)), InitFlag(0))
+    assert nothing == Terms(
+        max_message=1 << 20,
+        clears_set_id=False,
+        quiet_flush=True,
+        keeps_locks=False,
+        heeds_interrupts=False,
+    )
+    for flag in (InitFlag.HANDLE_KILLPRIV, InitFlag.HANDLE_KILLPRIV_V2):
+        assert settled_terms(facts(flag), InitFlag(0)).clears_set_id
+    assert settled_terms(facts(fuse.HEEDS_INTERRUPT), InitFlag(0)).heeds_interrupts
+    # Of these it counts what the kernel was told: the daemon alone could not use them.
+    both = InitFlag.POSIX_LOCKS | InitFlag.WRITEBACK_CACHE
+    assert settled_terms(facts(both), InitFlag(0)) == nothing
+    told = settled_terms(facts(both), both)
+    assert (told.keeps_locks, told.quiet_flush) == (True, False)
 
 
 def test_reads_are_large_enough_for_the_kernel() -> None:

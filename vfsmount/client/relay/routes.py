@@ -46,52 +46,9 @@ _XATTR_CHANGES: Final = (Opcode.SETXATTR, Opcode.REMOVEXATTR)
 
 def make_routes(parts: Parts) -> list[Route]:
     """Return the routes by opcode; the last one is for all opcodes that are unknown."""
-    routes = [Route(is_known=opcode < ROUTES) for opcode in range(ROUTES + 1)]
-    for opcode, room in small_rooms(SMALL_REPLY).items():
-        routes[opcode].room = room
-    for opcode, size_at in named_rooms().items():
-        routes[opcode].size_at = size_at
-    for opcode in CHANGES if parts.policy.revalidate else ():
-        routes[opcode].changes = True
-    for opcode, rewriter in _rewriters(parts).items():
-        routes[opcode].rewrite = rewriter
-    _add_handlers(routes, parts)
-    return routes
-
-
-def _add_handlers(routes: list[Route], parts: Parts) -> None:
-    known, locks = KnownRules(parts), LockRules(parts)
+    routes = _plain_routes(parts)
     handles, writes = HandleRules(parts), WriteRules(parts)
-    _local(
-        routes,
-        {
-            Opcode.FORGET: known.forget,
-            Opcode.BATCH_FORGET: known.batch_forget,
-            Opcode.GETATTR: known.getattr,
-            Opcode.GETXATTR: known.getxattr,
-            **dict.fromkeys(_XATTR_CHANGES, known.change_xattr),
-            Opcode.CREATE: handles.create,
-            Opcode.FALLOCATE: writes.fallocate,
-            **dict.fromkeys(_COPIES, writes.copy),
-            Opcode.SETLK: locks.lock,
-            Opcode.SETLKW: locks.wait_for_lock,
-            Opcode.INTERRUPT: locks.interrupt,
-            Opcode.NOTIFY_REPLY: lambda *_: True,  # we never ask
-            Opcode.INIT: known.unexpected,
-            Opcode.DESTROY: known.unexpected,  # only fuseblk mounts send it
-        },
-    )
-    _special(
-        routes,
-        {
-            Opcode.READDIRPLUS: known.list,
-            Opcode.RELEASE: handles.release,
-            Opcode.RELEASEDIR: handles.post,
-            Opcode.WRITE: writes.write,
-        },
-    )
-    for opcode in _XATTR_CHANGES:
-        routes[opcode].rewrite = known.xattr_changed
+    _add_always(routes, parts, handles, writes)
     if parts.terms.quiet_flush:
         _local(routes, {Opcode.FLUSH: handles.flush})
     if parts.policy.revalidate or parts.passthrough is not None:
@@ -103,6 +60,53 @@ def _add_handlers(routes: list[Route], parts: Parts) -> None:
     writes.of_pages.rewrite = judge_write_back
     if parts.memory.unwritten is not None:
         _add_writeback(routes, WritebackRules(parts, parts.memory.unwritten, writes), writes)
+    return routes
+
+
+def _plain_routes(parts: Parts) -> list[Route]:
+    """Routes with their rooms and rewriters, on which no function sees a request."""
+    routes = [Route(is_known=opcode < ROUTES) for opcode in range(ROUTES + 1)]
+    for opcode, room in small_rooms(SMALL_REPLY).items():
+        routes[opcode].room = room
+    for opcode, size_at in named_rooms().items():
+        routes[opcode].size_at = size_at
+    for opcode in CHANGES if parts.policy.revalidate else ():
+        routes[opcode].changes = True
+    for opcode, rewriter in _rewriters(parts).items():
+        routes[opcode].rewrite = rewriter
+    return routes
+
+
+def _add_always(
+    routes: list[Route], parts: Parts, handles: HandleRules, writes: WriteRules
+) -> None:
+    known, locks = KnownRules(parts), LockRules(parts)
+    local: dict[Opcode, Handler] = {
+        Opcode.FORGET: known.forget,
+        Opcode.BATCH_FORGET: known.batch_forget,
+        Opcode.GETATTR: known.getattr,
+        Opcode.GETXATTR: known.getxattr,
+        **dict.fromkeys(_XATTR_CHANGES, known.change_xattr),
+        Opcode.CREATE: handles.create,
+        Opcode.FALLOCATE: writes.fallocate,
+        **dict.fromkeys(_COPIES, writes.copy),
+        Opcode.SETLK: locks.lock,
+        Opcode.SETLKW: locks.wait_for_lock,
+        Opcode.INTERRUPT: locks.interrupt,
+        Opcode.NOTIFY_REPLY: lambda *_: True,  # we never ask
+        Opcode.INIT: known.unexpected,
+        Opcode.DESTROY: known.unexpected,  # only fuseblk mounts send it
+    }
+    special: dict[Opcode, Handler] = {
+        Opcode.READDIRPLUS: known.list,
+        Opcode.RELEASE: handles.release,
+        Opcode.RELEASEDIR: handles.post,
+        Opcode.WRITE: writes.write,
+    }
+    _local(routes, local)
+    _special(routes, special)
+    for opcode in _XATTR_CHANGES:
+        routes[opcode].rewrite = known.xattr_changed
 
 
 def _add_passed(routes: list[Route], passed: PassedHandleRules, *, flushes: bool) -> None:
