@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import struct
 import threading
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -525,6 +526,18 @@ async def test_a_mute_daemon(expect_log: Callable[[str], None]) -> None:
         keeper.kept[0].reply(ENTRY)
         assert (await keeper.wait_other(Opcode.FORGET)).header.nodeid == 42
         assert stage.channel.statistics().abandoned == 1
+
+
+async def test_a_change_that_comes_late() -> None:
+    """What the kernel has asked meanwhile may be old."""
+    keeper = Keeper(Opcode.WRITE)
+    async with on_stage(keeper, options=ChannelOptions(request_timeout=0.2)) as stage:
+        body = fuse.WRITE_IN.values(3, 0, 5, 0, 0, 0) + b"hello"
+        assert (await stage.call(Opcode.WRITE, 42, body)).errno == errno.ETIMEDOUT
+        keeper.kept[0].reply(fuse.WRITE_OUT.values(5))
+        notification = await stage.receive()
+        assert (notification.unique, -notification.errno) == (0, fuse.NotifyCode.INVAL_INODE)
+        assert struct.unpack("<Qqq", notification.body) == (42, -1, 0)
 
 
 async def test_what_is_left_at_the_end_is_the_channels() -> None:

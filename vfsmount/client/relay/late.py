@@ -1,16 +1,20 @@
 """Requests answered before their time, and what becomes of the replies that come too late.
 
 The device keeps the slot of such a request as long as it likes. What its reply hands out
-(references, handles, locks) is given back then; ``undo`` says how.
+(references, handles, locks) is given back then; ``undo`` says how. And what the kernel has asked
+meanwhile may be from before a change that comes so late: it is told that the attributes are old,
+and drops the pages of a file that has another size or time then.
 """
 
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.channel.inflight import ABANDONED
 from vfsmount.client.relay.interrupts import Interrupts
+from vfsmount.client.relay.opens import CHANGES, invalidation
 from vfsmount.client.relay.undo import undo_late_reply
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import Opcode
@@ -74,9 +78,12 @@ class LateReplies:
         slot.answers = 0
 
     def undo(self, slot: Slot) -> None:
-        """Take back what a reply has handed out that nobody took."""
+        """Take back what a reply has handed out that nobody took; tell of what has changed."""
         if self.interrupts.settle(slot) and not slot.errno:
             self.take_back(slot)
+            if slot.opcode in CHANGES:
+                with suppress(OSError):  # forgotten meanwhile
+                    self._kernel.write(invalidation(slot.nodeid))
 
     def take_back(self, slot: Slot) -> None:
         """Have the daemon forget what a reply has handed out."""
