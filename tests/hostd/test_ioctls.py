@@ -90,6 +90,22 @@ def test_extended_flags(guest: DirectGuest, path: Path) -> None:
     assert flags_of(path) & NODUMP
 
 
+def test_the_project_of_a_file_cannot_be_changed(guest: DirectGuest, path: Path) -> None:
+    """Else a guest could leave the quota that bounds the share."""
+    fh = guest.opendir(guest.walk("dir"))
+    before = ioctl(guest, fh, FSGETXATTR, out=28, flags=IoctlFlag.DIR)
+    flags, size, extents, project = struct.unpack_from("<4I", before)
+    for changed in ((flags, size, extents, project + 1), (flags ^ 0x200, size, extents, project)):
+        with expect_errno("EPERM"):
+            data = struct.pack("<4I", *changed) + before[16:]
+            ioctl(guest, fh, FSSETXATTR, data, flags=IoctlFlag.DIR)
+    inherit = (flags_of(path.parent / "dir") ^ 0x20000000).to_bytes(4, "little")
+    for command in (SETFLAGS, SETFLAGS32):
+        with expect_errno("EPERM"):
+            ioctl(guest, fh, command, inherit, flags=IoctlFlag.DIR)
+    assert ioctl(guest, fh, FSGETXATTR, out=28, flags=IoctlFlag.DIR) == before
+
+
 @pytest.mark.parametrize("command", [TCGETS, FIFREEZE, 0, 0xFFFFFFFF, GETFLAGS + 1])
 def test_other_commands_never_reach_the_host(guest: DirectGuest, path: Path, command: int) -> None:
     fh = guest.open(guest.walk("file"), os.O_RDONLY)
