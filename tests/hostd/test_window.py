@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.hostd.guest import DirectGuest, expect_errno
+from vfsmount.hostd import window as window_module
 from vfsmount.hostd.faults import Refused
 from vfsmount.hostd.fs.share import Share, ShareOptions
 from vfsmount.hostd.messages import close_all, receive, send_reply
@@ -171,7 +172,30 @@ def test_a_bounded_number_of_mappings() -> None:
         window.set_up((1, False), 0, ALIGNMENT, at * ALIGNMENT, lambda: fd)
     with expect_errno("ENOSPC"):
         window.set_up((1, False), 0, ALIGNMENT, MAX_MAPPINGS * ALIGNMENT, lambda: fd)
+    window.set_up((1, False), 0, ALIGNMENT, 0, lambda: fd)  # in place of another
     window.forget()
+
+
+@pytest.mark.parametrize("how", ["remove", "set_up"])
+def test_holes_do_not_make_more_of_them(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(window_module, "MAX_MAPPINGS", 3)
+    window, front = DaxWindow(SIZE), Front()
+    window.channel = front
+    fd = os.memfd_create("file")
+    window.set_up((1, False), 0, SIZE, 0, lambda: fd)
+    window.remove(ALIGNMENT, ALIGNMENT)
+    window.remove(3 * ALIGNMENT, ALIGNMENT)
+    before = list(front.pages)
+    with expect_errno("ENOSPC"):
+        if how == "remove":
+            window.remove(5 * ALIGNMENT, ALIGNMENT)
+        else:
+            window.set_up((1, False), 0, ALIGNMENT, 5 * ALIGNMENT, lambda: fd)
+    window.check_invariants()
+    assert front.pages == before
+    window.remove(4 * ALIGNMENT, ALIGNMENT)
+    window.clear()
+    assert not any(front.pages)
 
 
 # --- the channel ----------------------------------------------------------------------------------

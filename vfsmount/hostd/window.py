@@ -113,8 +113,7 @@ class DaxWindow:
         self._check(moffset, length)
         if foffset % ALIGNMENT or foffset > _MAX_OFFSET - length:
             raise OSError(errno.EINVAL, f"mapping of a file at {foffset:#x}")
-        if len(self._mappings) >= MAX_MAPPINGS:
-            raise OSError(errno.ENOSPC, f"more than {MAX_MAPPINGS} mappings")
+        self._check_room(moffset, length, coming=1)
         file = self._files.get(key)
         if file is None:
             file = self._files[key] = _File(key, open_file())
@@ -129,18 +128,32 @@ class DaxWindow:
         """Unmap a part of the window; what is not mapped there does not matter.
 
         Raises:
-            OSError: EINVAL: not aligned, empty or not inside the window; EIO and others: the
-                front-end would not map again what remains of a mapping.
+            OSError: EINVAL: not aligned, empty or not inside the window; ENOSPC: it would make two
+                of one, and that is too many; EIO and others: the front-end would not map again what
+                remains of a mapping.
         """
         self._check(moffset, length)
+        self._check_room(moffset, length, coming=0)
         self._remove(moffset, length, wait=True)
+
+    def _touched(self, moffset: int, length: int) -> slice:
+        """Where in the table the mappings of a part of the window are."""
+        first = bisect_right(self._mappings, moffset, key=lambda one: one.end)
+        behind = bisect_left(self._mappings, moffset + length, key=lambda one: one.moffset)
+        return slice(first, behind)
+
+    def _check_room(self, moffset: int, length: int, coming: int) -> None:
+        """Whether ``coming`` mappings may take the place of what is mapped somewhere."""
+        touched = self._mappings[self._touched(moffset, length)]
+        left_over = sum((one.moffset < moffset) + (one.end > moffset + length) for one in touched)
+        if len(self._mappings) - len(touched) + left_over + coming > MAX_MAPPINGS:
+            raise OSError(errno.ENOSPC, f"more than {MAX_MAPPINGS} mappings")
 
     def _remove(self, moffset: int, length: int, *, wait: bool) -> None:
         end = moffset + length
-        first = bisect_right(self._mappings, moffset, key=lambda one: one.end)
-        behind = bisect_left(self._mappings, end, key=lambda one: one.moffset)
-        touched = self._mappings[first:behind]
-        del self._mappings[first:behind]
+        place = self._touched(moffset, length)
+        touched = self._mappings[place]
+        del self._mappings[place]
         for one in touched:
             self._unmap(one, wait=wait)
         try:
