@@ -434,3 +434,15 @@ def test_memory_that_is_taken_away_under_a_ring(
     ready.send(R.SET_MEM_TABLE, elsewhere, [ready.memfd])
 
     assert ready.is_disconnected()
+
+
+def test_who_is_refused_again_and_again_does_not_fill_the_log(
+    frontend: Frontend, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("guest: refused SET_VRING_NUM: ring of 3 entries")
+    expect_log("guest: SET_VRING_NUM: ring of 3 entries; closing its connection")
+    frontend.negotiate()
+    for _ in range(100):
+        assert not frontend.ack(R.SET_VRING_NUM, VringState(0, 3))
+    frontend.send(R.SET_VRING_NUM, VringState(0, 3), need_reply=True)
+    assert frontend.is_disconnected()

@@ -65,6 +65,8 @@ _BURST: Final = 256
 _BATCH: Final = 16
 #: Seconds that a front-end may take to finish a message, or to take a reply.
 _MESSAGE_TIMEOUT: Final = 10.0
+#: Refused messages that a front-end gets away with: each is a line in the log.
+_MAX_REFUSALS: Final = 100
 #: Seconds between looks at a ring whose front-end will not kick.
 _KICKLESS: Final = 0.001
 #: Events taken at once; room for them is made at each look.
@@ -111,6 +113,7 @@ class Connection:
         self._hinted: list[DeviceRing] = []
         self._kickless = False
         self._idle_since = 0
+        self._refusals = 0
 
     def run(self) -> None:
         """Serve the guest until it leaves; everything it held is let go. Raises nothing."""
@@ -296,7 +299,9 @@ class Connection:
         try:
             reply = self._backend.handle(kind, record, message.fds)
         except Refused as refusal:
-            if kind.reply is not None or not self._wants_ack(header):
+            self._refusals += 1
+            hopeless = self._refusals > _MAX_REFUSALS
+            if hopeless or kind.reply is not None or not self._wants_ack(header):
                 raise GuestFault(f"{request.name}: {refusal}") from None
             logger.warning("%s: refused %s: %s", self.name, request.name, str(refusal))
             send_reply(self._sock, header.request, encode_ack(_FAILURE))
