@@ -7,6 +7,7 @@ are values in, values out: they do no I/O and know no event loop, so their tests
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -118,6 +119,14 @@ def test_there_is_something_to_look_at() -> None:
 
     assert {"errors", "wire", "channel", "cache", "dax_shm", "client", "hostd", "cli"} <= rooms
     assert rooms <= set(MAY_IMPORT), "a new room needs a row in MAY_IMPORT"
+
+
+def test_the_relay_says_what_each_of_its_files_is_for() -> None:
+    page = ast.get_docstring(tree_of(Path("client/relay/__init__.py"))) or ""
+    named = set(re.findall(r"[a-z_]+", page))
+    files = {path.stem for path in (PACKAGE / "client" / "relay").glob("*.py")} - {"__init__"}
+
+    assert files - named == set()
 
 
 @pytest.mark.parametrize("module", modules(), ids=str)

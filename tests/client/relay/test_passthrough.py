@@ -375,3 +375,25 @@ def test_write_back_of_the_kernel_excludes_it() -> None:
         facts = dax_of(shared)
         assert not facts["active"]
         assert "--writeback" in facts["why"]
+
+
+def test_a_share_that_is_a_fuse_mount_itself(tmp_path: Path) -> None:
+    """Its descriptors are asked nothing, because such a file system may never answer."""
+    host, lower, path = (tmp_path / name for name in ("host", "lower", "mnt"))
+    for folder in (host, lower, path):
+        folder.mkdir()
+    with (
+        start_daemon("bundled", host) as first,
+        start_mount(lower, first.socket, options=["--dax=off"]),
+        start_daemon("bundled", lower) as second,
+        start_mount(path, second.socket, options=["--dax", "1G"]),
+    ):
+        if not read_status(str(path))["dax"]["active"]:
+            pytest.skip("no FUSE passthrough here")
+        for number in range(20):
+            (path / f"{number}").write_bytes(b"%d" % number)
+            assert (path / f"{number}").read_bytes() == b"%d" % number
+            assert (host / f"{number}").read_bytes() == b"%d" % number
+        facts = read_status(str(path))["dax"]
+        assert (facts["opens"], facts["opens_by_message"]) == (0, 40)
+        assert (facts["active"], "not supported" in facts["why"]) == (False, True)
