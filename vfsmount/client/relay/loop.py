@@ -271,7 +271,11 @@ class Loop:
         room = route.room
         if not room:
             size_at = route.size_at
-            room = _U32(memory, at + size_at)[0] + _OUT if size_at else self._room(opcode, at)
+            room = (
+                _U32(memory, at + size_at)[0] + _OUT
+                if size_at
+                else room_for_reply(opcode, memory, at)
+            )
         if size != slot.size or room != slot.writable:  # else all about it is said already
             if not slot.make_room(size, room):
                 slot.size = 0
@@ -293,9 +297,6 @@ class Loop:
             if kick:
                 self._device.kick()
         return True
-
-    def _room(self, opcode: int, at: int) -> int:
-        return room_for_reply(opcode, self._map, at)
 
     # --- replies ---------------------------------------------------------------------------------
 
