@@ -89,6 +89,10 @@ class Freshness:
         if len(given) > self._limit:
             _give_up(given)
 
+    def was_not_given(self, nodeid: int) -> None:
+        """What was said to be given did not get there: nobody knows what the kernel has."""
+        self._given.pop(nodeid, None)
+
     def is_given(self, nodeid: int, raw: bytes) -> bool:
         """Whether the file is as the attributes say that the kernel was told last."""
         given = self._given.get(nodeid)

@@ -310,6 +310,26 @@ async def test_what_the_kernel_did_not_take_is_forgotten(monkeypatch: pytest.Mon
     assert len(ops.nodes) == 1 + 2
 
 
+async def test_what_the_kernel_did_not_take_it_does_not_know(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An open must tell it of the new size, although a listing would have."""
+    told: list[int] = []
+    monkeypatch.setattr(pyfuse3, "invalidate_inode", lambda node, **_: told.append(node))
+    session = FakeSession()
+    ops = operations(session)
+    listing = Listing(session, 4, monkeypatch)
+    node = await look_up(ops, session, 104)
+    longer = attributes(ino=1040, size=5)
+    listing.entries[4] = listing.entries[4]._replace(entry=entry(104, longer))
+    fh = await ops.opendir(inode(1), ROOT)
+    await listing.call(ops, fh, 0)
+    await ops.releasedir(fh)
+    session.answers["getattr"] = fuse.AttrOut(1, 0, longer)
+    await opened(ops, session, node)
+    assert told == [node]
+
+
 async def test_rewinding_fetches_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     session = FakeSession()
     ops = operations(session)

@@ -220,7 +220,8 @@ class DirectoryHandlers(Handlers):
         _grow_old(attributes, age)
         if pyfuse3.readdir_reply(token, name, attributes, found.off):
             return True
-        # It stays in ``ahead`` with its reference: take back only the count towards the kernel.
+        # It stays in ``ahead`` with its reference: take back only what concerns the kernel.
+        self._fresh.was_not_given(nodeid)
         self.nodes.leave(nodeid)
         return False
 
@@ -309,6 +310,7 @@ class DirectoryHandlers(Handlers):
                 self._keep_name(parent, name, entry, asked[0])
         if pyfuse3.readdir_reply(token, name, attributes, cookie):
             return True
+        self._fresh.was_not_given(self.nodes[attributes.st_ino].nodeid)
         self._give_back(self.nodes.forget([(attributes.st_ino, 1)]))
         return False
 
