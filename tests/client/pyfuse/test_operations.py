@@ -391,20 +391,29 @@ async def test_a_message_of_vanished_names_is_not_the_end(monkeypatch: pytest.Mo
     assert await read_whole(ops, listing) == [b".", b"..", b"file0", b"file4"]
 
 
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [(RemoteErrno(1, 1, errno.EMFILE), errno.EMFILE), (RequestTimeout("late"), errno.ETIMEDOUT)],
+)
 async def test_a_failure_after_some_names_is_told_at_the_next_call(
+    error: Exception,
+    number: int,
     monkeypatch: pytest.MonkeyPatch,
+    expect_log: Callable[[str], None],
 ) -> None:
+    if number == errno.ETIMEDOUT:
+        expect_log("readdir failed: late")
     session = FakeSession()
     ops = operations(session)
     listing = Listing(session, 9, monkeypatch)
     listing.entries[4] = listing.entries[4]._replace(entry=entry(0))
-    session.answers["lookup"] = RemoteErrno(1, 1, errno.EMFILE)
+    session.answers["lookup"] = error
     fh = await ops.opendir(inode(1), ROOT)
     await listing.call(ops, fh, 0)
     assert [name for name, _ in listing.taken] == [b".", b"..", b"file0", b"file1"]
     with pytest.raises(pyfuse3.FUSEError) as caught:
         await listing.call(ops, fh, 4)
-    assert caught.value.errno == errno.EMFILE
+    assert caught.value.errno == number
 
 
 async def test_a_listing_that_fails_for_a_removed_name_goes_on(

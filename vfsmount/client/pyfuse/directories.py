@@ -19,7 +19,7 @@ from pyfuse3 import EntryAttributes
 
 from vfsmount.client.pyfuse.handlers import Handlers, handler
 from vfsmount.client.pyfuse.listings import dot_line, read_dot_line
-from vfsmount.errors import RemoteErrno
+from vfsmount.errors import RemoteErrno, VfsmountError
 from vfsmount.wire import fuse
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class DirectoryHandlers(Handlers):
             if not found.entry.nodeid or self.behind is not None:
                 try:
                     entry = await self._entry_of(directory, found)
-                except RemoteErrno:
+                except VfsmountError:
                     if got:  # the kernel counts these: it is told at its next call
                         return True
                     raise
@@ -284,7 +284,7 @@ class DirectoryHandlers(Handlers):
             else:
                 try:
                     fits = await self._hand_on_name(token, parent, line, cookie)
-                except RemoteErrno:
+                except VfsmountError:
                     if position > start:  # the kernel counts these: it is told at its next call
                         return
                     raise
