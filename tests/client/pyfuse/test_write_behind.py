@@ -254,6 +254,19 @@ async def test_each_close_waits_for_what_is_on_its_way(
     assert closed == [b"data", b"data"]
 
 
+async def test_a_file_found_and_emptied_by_create_stays_empty(
+    ops: VirtioFsOperations, host: Host, handle: pyfuse3.FileHandleT
+) -> None:
+    """The kernel may remember a name as absent that the host has linked to a known file."""
+    await ops.write(handle, 0, b"before")
+    host.answers["create"] = entry(5, attributes(ino=50)), fuse.OpenOut(8, 0, 0)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    _, found = await ops.create(inode(1), b"other", 0o644, flags, ROOT)
+    assert found.st_size == 0
+    await ops.flush(handle)
+    assert host.content == b""
+
+
 async def test_too_much_is_written_by_the_writer(host: Host) -> None:
     behind = WriteBehind(cast("Session", host), limit=100)
     file = Plain()

@@ -55,10 +55,7 @@ class FileHandlers(Handlers):
         keep = self._policy.keep_cache
         if flags & os.O_TRUNC:
             self._fresh.forget(node.nodeid)
-            self._shortages.truncate(node.nodeid, 0)
-            self._drop_pages(node.nodeid)
-            if self.behind is not None:
-                self.behind.truncate(node.nodeid, 0)
+            self._was_cut(node.nodeid, 0)
             self._changes += 1
             if self._listings is not None:
                 self._listings.changed(node.nodeid)
@@ -113,9 +110,10 @@ class FileHandlers(Handlers):
             ctx,
             self._group(parent, ctx),
         )
+        if flags & os.O_TRUNC:
+            self._was_cut(entry.nodeid, 0)  # it may have been there, by another name
         attributes = self._enter(entry)
         node = self.nodes[attributes.st_ino]
-        self._drop_pages(node.nodeid)  # it may have been there, and is empty now
         file = OpenFile(node, opened.fh, flags, kills)
         return self._file_info(file, opened.open_flags, self._policy.keep_cache), attributes
 

@@ -293,6 +293,13 @@ class Handlers(pyfuse3.Operations):
         if self.reading is not None:
             self.reading.pages.drop(nodeid)
 
+    def _was_cut(self, nodeid: int, size: int) -> None:
+        """A file has ``size`` bytes now: nothing is missing, or to be written, behind that."""
+        self._shortages.truncate(nodeid, size)
+        self._drop_pages(nodeid)
+        if self.behind is not None:
+            self.behind.truncate(nodeid, size)
+
     def _settles(self, node: Node) -> bool:
         """Whether something of a file is dirty, or on its way to the host."""
         return self.behind is not None and self.behind.settles(node.nodeid)

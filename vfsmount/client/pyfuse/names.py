@@ -177,9 +177,7 @@ class NameHandlers(Handlers):
             if fields.update_size:
                 self._drop_pages(node.nodeid)
         if fields.update_size:
-            self._shortages.truncate(node.nodeid, attr.st_size)
-            if self.behind is not None:
-                self.behind.truncate(node.nodeid, attr.st_size)
+            self._was_cut(node.nodeid, attr.st_size)
         return self._attributes(node, reply.attr, reply)
 
     @handler
