@@ -225,7 +225,7 @@ def _connect_error(path: str, error: OSError) -> ConnectError:
     if error.errno == errno.ECONNREFUSED:
         if not _is_socket(path):
             return ConnectError(f"not a socket: {path}", "name the daemon's vhost-user socket")
-        cure = "the daemon has ended (most serve one connection only): start it again"
+        cure = "the daemon has ended or has a guest (most serve only one, once): start another"
         return ConnectError(f"nobody listens on {path}", cure)
     if error.errno == errno.EPROTOTYPE:
         return ConnectError(f"not a stream socket: {path}", "name the daemon's vhost-user socket")

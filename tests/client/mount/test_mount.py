@@ -284,6 +284,8 @@ class TestEnd:
             (pending,) = mount.status()["pending"]
             assert pending["opcode"] in ("LOOKUP", "GETATTR")
             assert "is a vfsmount mount already" in command(mnt, "--source", "/tmp").error
+            refused = command("umount", mnt)
+            assert refused.error.endswith(f"if it hangs: vfsmount umount --force {mnt}")
             assert command("umount", "--force", mnt).returncode == 0
             assert not mount.is_mounted
             assert child.wait(10) != 0

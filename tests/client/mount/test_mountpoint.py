@@ -38,6 +38,11 @@ class TestCheck:
         (tmp_path / "link").symlink_to("real")
         assert check_mountpoint(str(tmp_path / "link")) == os.path.realpath(tmp_path / "real")
 
+    @pytest.mark.parametrize("path", ["/", "//", "/tmp/.."])
+    def test_everything(self, path: str) -> None:
+        with pytest.raises(MountError, match="would hide the whole system"):
+            check_mountpoint(path)
+
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(MountError, match=r"mount point .*/m does not exist") as caught:
             check_mountpoint(str(tmp_path / "m"))

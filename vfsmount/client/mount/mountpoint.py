@@ -67,6 +67,8 @@ def check_mountpoint(path: str) -> str:
         MountError: Missing, not a directory, not ours to see, mounted already, or a dead mount.
     """
     resolved, entry = locate(path)
+    if resolved == "/":
+        raise MountError("mount point / would hide the whole system", ANOTHER)
     taken = entry is not None and entry.fstype == "fuse.vfsmount"
     cure = f"unmount it first: vfsmount umount {path}"
     # Asked before anybody looks inside: a mount that lives but hangs would hang us too.

@@ -92,6 +92,8 @@ def _refusal(path: str, error: OSError) -> MountError:
     if error.errno == errno.EBUSY:
         users = describe_holders(path)
         cure = f"close them, or detach it: vfsmount umount --lazy {path}"
+        if not users:
+            cure = f"detach it with --lazy, or if it hangs: vfsmount umount --force {path}"
         return MountError(f"{path} is busy{', ' + users if users else ''}", cure)
     return MountError(f"cannot unmount {path}: {error.strerror}")
 
