@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 import vfsmount
 from benchmarks import million
 from benchmarks.machine import describe
-from benchmarks.operations import OPERATIONS, TREE_MEBIBYTES
+from benchmarks.operations import OPERATIONS, TREE_MEBIBYTES, WIDE, WIDE_MEBIBYTES
 from benchmarks.peers import Unavailable, load_generator
 from benchmarks.processes import enter_private_mounts, sweep
 from benchmarks.report import as_json, as_text
@@ -52,7 +52,9 @@ def main() -> int:
     plan = _plan(options)
     machine = describe()
     trees = any(series.commands for series in plan.series)
-    _check_room(len(options.subjects) * TREE_MEBIBYTES + trees * TREES_MEBIBYTES)
+    wide = any(WIDE in series.operations for series in plan.series) and WIDE in plan.operations
+    each = TREE_MEBIBYTES + wide * WIDE_MEBIBYTES
+    _check_room(len(options.subjects) * each + trees * TREES_MEBIBYTES)
     work = Path(tempfile.mkdtemp(prefix="vfsmount-bench-", dir=TMPFS))
     results = Results()
     status = 0

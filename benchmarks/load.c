@@ -342,15 +342,18 @@ static void step_read_page(struct run *run, int i)
 		die(run, "read at %lld", (long long)run->offsets[i]);
 }
 
-static void do_read_4k(struct run *run)
+static void read_pages_of(struct run *run, const char *name)
 {
-	open_data(run, "read", O_RDONLY);
+	open_data(run, name, O_RDONLY);
 	make_offsets(run);
 	if (posix_fadvise(run->file, 0, 0, POSIX_FADV_RANDOM))
 		die(run, "switch read-ahead off");
 	drop_pages(run);
 	measure_once_each(run, step_read_page);
 }
+
+static void do_read_4k(struct run *run) { read_pages_of(run, "read"); }
+static void do_read_4k_wide(struct run *run) { read_pages_of(run, "wide"); }
 
 /*
  * As read_4k by READERS processes at once, each on its share of the pages. What is reported are the
@@ -569,6 +572,7 @@ static const struct {
 	{ "open_read_close", do_open_read_close },
 	{ "readdir_stat", do_readdir_stat },
 	{ "read_4k", do_read_4k },
+	{ "read_4k_wide", do_read_4k_wide },
 	{ "read_4k_many", do_read_4k_many },
 	{ "write_4k", do_write_4k },
 	{ "read_1m", do_read_1m },

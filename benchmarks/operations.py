@@ -28,6 +28,8 @@ __all__ = [
     "TREE_MEBIBYTES",
     "WARM_UP",
     "WARM_UP_FILES",
+    "WIDE",
+    "WIDE_MEBIBYTES",
     "Operation",
     "Quantity",
     "lay_out_tree",
@@ -84,6 +86,9 @@ def _throughput(name: str, title: str, mebibytes: int) -> Operation:
     return Operation(Quantity(name, title, "MiB/s"), mebibytes)
 
 
+#: The operation that needs a file of `WIDE_MEBIBYTES`.
+WIDE = "read_4k_wide"
+
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
@@ -102,10 +107,12 @@ OPERATIONS: dict[str, Operation] = {
         _operation("unlink", "unlink", 400, metadata=True),
         _operation("mkdir", "mkdir", 200, metadata=True),
         _operation("rmdir", "rmdir", 200, metadata=True),
-        _operation("read_4k", "read 4 KiB, random", 1000),
+        _operation("read_4k", "read 4 KiB, random", 4000),
+        # Of a file four times as large as the window that it meets.
+        _operation(WIDE, "read 4 KiB, random, of 256 MiB", 4000),
         # 8 processes at once; the time between two calls of anybody.
         _operation("read_4k_many", "read 4 KiB, random, by 8", 8000),
-        _operation("write_4k", "write 4 KiB, random", 1000),
+        _operation("write_4k", "write 4 KiB, random", 4000),
         _throughput("read_1m", "read 1 MiB, sequential", 64),
         _throughput("write_1m", "write 1 MiB, sequential", 64),
         _operation("map_8b", "1,000 loads and stores of 8 bytes, mapped", 1000),
@@ -144,11 +151,17 @@ LISTED = 100
 STATTED = 100
 SPARE = 20  # UNTIMED in load.c: warm-up calls that use up a file each
 DATA_MEBIBYTES = 64
-TREE_MEBIBYTES = 2 * DATA_MEBIBYTES + 4  # what a tree takes
+WIDE_MEBIBYTES = 256
+TREE_MEBIBYTES = 2 * DATA_MEBIBYTES + 4  # what a tree takes, without the wide file
 
 
-def lay_out_tree(root: Path) -> None:
-    """Make the files that every operation expects, directly, not through a subject's mount."""
+def lay_out_tree(root: Path, *, wide: bool = False) -> None:
+    """Make the files that every operation expects, directly, not through a subject's mount.
+
+    Args:
+        root: Where.
+        wide: Whether ``WIDE`` will be run.
+    """
     _make_files(root / "stat", STATTED, PAGE)
     _make_files(root / "listing", LISTED, 0)
     _make_files(root / "small", OPERATIONS["open_read_close"].count + SPARE, PAGE)
@@ -160,7 +173,11 @@ def lay_out_tree(root: Path) -> None:
         (root / name).mkdir()
     for number in range(OPERATIONS["rmdir"].count + SPARE):
         (root / "rmdir" / f"f{number:05}").mkdir(parents=True)
-    _make_data(root / "data")
+    (root / "data").mkdir()
+    for name in ("read", "write"):
+        _make_data(root / "data" / name, DATA_MEBIBYTES)
+    if wide:
+        _make_data(root / "data" / "wide", WIDE_MEBIBYTES)
 
 
 def make_crowd(root: Path) -> None:
@@ -175,10 +192,8 @@ def _make_files(folder: Path, count: int, size: int) -> None:
         (folder / f"f{number:05}").write_bytes(content)
 
 
-def _make_data(folder: Path) -> None:
-    folder.mkdir()
+def _make_data(path: Path, mebibytes: int) -> None:
     mebibyte = os.urandom(MEBIBYTE)
-    for name in ("read", "write"):
-        with (folder / name).open("wb") as file:
-            for _ in range(DATA_MEBIBYTES):
-                file.write(mebibyte)
+    with path.open("wb") as file:
+        for _ in range(mebibytes):
+            file.write(mebibyte)

@@ -32,6 +32,7 @@ from benchmarks.operations import (
     RSS_IDLE,
     WARM_UP,
     WARM_UP_FILES,
+    WIDE,
     lay_out_tree,
     make_crowd,
 )
@@ -212,7 +213,7 @@ def _enter(
     stage.mountpoint.mkdir(parents=True)
     if shown is None:
         stage.source.mkdir()
-        lay_out_tree(stage.source)
+        lay_out_tree(stage.source, wide=WIDE in plan.operations.intersection(series.operations))
     try:
         command = stack.enter_context(subject.command(stage))
         if not command:

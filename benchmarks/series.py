@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.operations import FIRST_READ, OPERATIONS, RSS_CHURN, RSS_CROWD, RSS_IDLE
+from benchmarks.operations import FIRST_READ, OPERATIONS, RSS_CHURN, RSS_CROWD, RSS_IDLE, WIDE
 from benchmarks.subjects import DAX_ONLY, SUBJECTS, TREES_ONLY
 from benchmarks.trees import EXERCISES, TREE_ROWS
 
@@ -74,7 +74,7 @@ RELAY_BUNDLED = "vfsmount-bundled-relay"
 
 #: Operations of the pinned tables: several processes mean something on several processors only, and
 #: pyfuse3 cannot map what the kernel must not keep.
-ALONE = tuple(name for name in OPERATIONS if name not in ("read_4k_many", "map_8b"))
+ALONE = tuple(name for name in OPERATIONS if name not in ("read_4k_many", "map_8b", WIDE))
 
 SERIES: dict[str, Series] = {
     series.name: series
@@ -113,7 +113,7 @@ SERIES: dict[str, Series] = {
             True,
             f"{PYFUSE3_BUNDLED}-off",
             ("native", *(f"{PYFUSE3_BUNDLED}-{mark}" for mark in ("off", "dax", "narrow"))),
-            ("read_4k", "write_4k", "read_1m", "write_1m"),
+            ("read_4k", WIDE, "write_4k", "read_1m", "write_1m"),
             churn=False,
         ),
         # The kernel reads, writes and maps by itself. Files have been opened before.
@@ -196,7 +196,7 @@ BARS: tuple[Bar, ...] = (
     Bar("uncached", RELAY, RSS_CROWD.name, 45),
     Bar("dax", f"{PYFUSE3_BUNDLED}-dax", "read_4k", 0.85, f"{PYFUSE3_BUNDLED}-off"),
     # A window of a quarter of the file: 0.9 times the speed.
-    Bar("dax", f"{PYFUSE3_BUNDLED}-narrow", "read_4k", 1 / 0.9, f"{PYFUSE3_BUNDLED}-off"),
+    Bar("dax", f"{PYFUSE3_BUNDLED}-narrow", WIDE, 1 / 0.9, f"{PYFUSE3_BUNDLED}-off"),
     Bar("passthrough", f"{RELAY_BUNDLED}-dax", "read_4k", 1.15, "native"),
     Bar("passthrough", f"{RELAY_BUNDLED}-dax", "write_4k", 1.15, "native"),
     Bar("passthrough", f"{RELAY_BUNDLED}-dax", "read_1m", 0.9, "native"),

@@ -191,7 +191,7 @@ SUBJECTS: dict[str, Subject] = {
         _vfsmount("rust", "pyfuse3"),
         _vfsmount("bundled", "pyfuse3", mark="off"),
         _vfsmount("bundled", "pyfuse3", "1G", "dax"),
-        _vfsmount("bundled", "pyfuse3", "16M", "narrow"),
+        _vfsmount("bundled", "pyfuse3", "64M", "narrow"),
         _vfsmount("bundled", "relay", mark="off"),
         _vfsmount("bundled", "relay", "1G", "dax"),
         _vfsmount("bundled", "relay", "", "default"),
