@@ -313,6 +313,27 @@ async def test_a_working_set_that_exceeds_the_window_is_bypassed(
         guest.forget(entry.nodeid)
 
 
+async def test_ranges_of_a_file_that_nobody_uses_any_more(daemon: Daemon, folder: Path) -> None:
+    for name in ("old", "new"):
+        (folder / name).write_bytes(bytes(8 * MIB))
+    async with session(daemon) as (guest, dax):
+        files = []
+        for known in (b"old", b"new"):
+            entry = await guest.lookup(1, known)
+            files.append((entry.nodeid, (await guest.open(entry.nodeid, os.O_RDONLY)).fh))
+        assert await dax.map(files[0][0], 0, 8 * MIB)
+        before = dax.statistics()
+        assert before.mapped_ranges == before.ranges
+        for at in range(1000):
+            await guest.read(*files[1], at * 7919 * 4096 % (8 * MIB), 4096)
+        found = dax.statistics()
+        assert found.reclaims - before.reclaims == found.ranges
+        assert found.hits > 600
+        for nodeid, fh in files:
+            await guest.release(nodeid, fh)
+            guest.forget(nodeid)
+
+
 async def test_views_without_a_copy(daemon: Daemon, folder: Path) -> None:
     content = os.urandom(3 * MIB)
     async with mapped(daemon, content) as file:

@@ -49,6 +49,9 @@ _BY_MESSAGE: Final = os.O_APPEND | os.O_DSYNC | os.O_DIRECT
 _WANTED: Final = int(AttrFlag.DAX)
 #: Accesses without a checkpoint before one is taken, as in the channel.
 _FAIRNESS: Final = 64
+#: Accesses, times the number of ranges, after which the coldest range is of no use. At random over
+#: several times the window, the coldest has waited some ten times the window's part of them.
+_IDLE: Final = 64
 
 
 class DaxStatistics(NamedTuple):
@@ -268,6 +271,7 @@ class Dax:
                 self._missed(nodeid, index, size, write)
                 return None
             file = one.file
+            one.used = self._hits + self._misses
         return file
 
     def _hit(self, nodeid: int) -> None:
@@ -300,12 +304,18 @@ class Dax:
         if (nodeid, index) in self._on_the_way or nodeid in self._excluded:
             return
         known = self._ranges.find(nodeid, index) is not None
-        full = not known and self._ranges.full
+        full = not known and self._ranges.full and not self._has_idle_range()
         verdict = self._benefit.missed(nodeid, index, size, full)
         if verdict is Verdict.SET_UP:
             self._begin(nodeid, index, write)
         elif verdict is Verdict.BYPASS:
             self._bypassed += 1
+
+    def _has_idle_range(self) -> bool:
+        """Whether the range that would have to go is of no use to anybody."""
+        one = self._ranges.coldest()
+        idle = self._hits + self._misses - one.used if one is not None else 0
+        return idle > _IDLE * len(self._ranges)
 
     def _begin(self, nodeid: int, index: int, write: bool) -> _SetUp | None:
         """Start setting a part up, or making it writable; None when there is no range for it.
@@ -325,6 +335,7 @@ class Dax:
             one = self._ranges.claim(nodeid, index)
             if one is None:
                 return None
+            one.used = self._hits + self._misses
         under_way = self._on_the_way[nodeid, index] = _SetUp()
         self._spawn(self._set_up, one, write, under_way)
         return under_way

@@ -7,7 +7,8 @@ no more than twice the least possible is spent ("ski rental").
 Taking a range from another part costs that other part its mapping, too. It is paid by hits: a file
 may take one range for every 256 accesses that needed no message. A file whose working set exceeds
 the window has few hits, so its mappings stay as they are and the rest goes by message; it is
-*bypassed*. A trickle for misses lets it move on when its old ranges are never used again.
+*bypassed*. A trickle for misses lets it move on when its old ranges are never used again; ranges
+that nobody has used for long cost nothing, which is for the owner of the ranges to see.
 
 Invariants (``check_invariants``): sizes of both tables are bounded; no credit beyond its limit.
 """
@@ -63,7 +64,7 @@ class Benefit:
             nodeid: The file.
             index: Which part of it.
             size: Bytes that were asked for.
-            full: Whether another part would have to go.
+            full: Whether another part would have to go that may be of use.
         """
         if len(self._spent) >= _MOST_PARTS:
             self._spent.clear()

@@ -41,6 +41,7 @@ class Range:
         file: What is mapped there, once it is ready.
         generation: The window's when that was looked up last.
         shown: The window's and its memory's counts when it was mapped into memory.
+        used: The user's count of accesses when it was used last.
     """
 
     __slots__ = (
@@ -52,6 +53,7 @@ class Range:
         "pins",
         "ready",
         "shown",
+        "used",
         "writable",
     )
 
@@ -65,6 +67,7 @@ class Range:
         self.file: OpenFile | None = None
         self.generation = -1
         self.shown: tuple[int, int] | None = None
+        self.used = 0
 
     def __repr__(self) -> str:
         return f"<Range {self.moffset:#x} of node {self.nodeid}[{self.index}]>"
