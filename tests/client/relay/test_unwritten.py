@@ -25,6 +25,9 @@ PAGE = bytes(range(256)) * 16
 MINE, OTHERS = 0x1111, 0x2222
 
 
+ATTR = fuse.Attr(7, 0, 0, 0, 0, 0, 0, 0, 0, 0o100644, 1, 0, 0, 0, 4096, 0)
+
+
 class Kernel:
     """What the kernel asks of one file, whose pages the daemon refuses with ``error``."""
 
@@ -40,13 +43,17 @@ class Kernel:
 
     def serve(self, request: DeviceRequest) -> None:
         opcode = request.header.opcode
-        if opcode == Opcode.OPEN:
+        if opcode == Opcode.TMPFILE:
+            assert fuse.CREATE_IN.unpack(request.body[:16]).flags == os.O_TMPFILE | os.O_RDWR
+            entry = fuse.EntryOut(FILE, 0, 0, 0, 0, 0, ATTR)
+            request.reply(fuse.ENTRY_OUT.pack(entry) + fuse.OPEN_OUT.values(70, 0, 0))
+        elif opcode == Opcode.OPEN:
             flags = fuse.OPEN_IN.unpack(request.body).flags
             assert flags & os.O_ACCMODE != os.O_WRONLY
             self.handles += 1
             request.reply(fuse.OPEN_OUT.values(self.handles, 0, 0))
         elif opcode == Opcode.GETATTR:
-            attr = fuse.Attr(7, 0, 0, 0, 0, 0, 0, 0, 0, 0o100644, self.links, 0, 0, 0, 4096, 0)
+            attr = ATTR._replace(nlink=self.links)
             request.reply(fuse.ATTR_OUT.pack(fuse.AttrOut(0, 0, attr)))
         elif opcode == Opcode.WRITE:
             self.write_part(request)
@@ -130,6 +137,22 @@ async def test_fsync_tells_a_handle_once_and_is_enough() -> None:
         assert [await it.fsync(fh) for fh in (reader, one)] == [errno.EDQUOT] * 2
 
 
+async def test_a_node_may_be_forgotten_in_part() -> None:
+    """As after a lookup that has found another file than the kernel knew by that name."""
+    async with kernel() as it:
+        one = await it.open()
+        await it.write(one)
+        it.stage.send(Opcode.FORGET, FILE, fuse.FORGET_IN.values(1))
+        later = await it.open()
+        assert [await it.fsync(fh) for fh in (later, one)] == [errno.EDQUOT] * 2
+        await it.write(one)
+        for fh in (one, later):
+            assert await it.flush(fh) == errno.EDQUOT
+            await it.release(fh)
+        it.stage.send(Opcode.FORGET, FILE, fuse.FORGET_IN.values(1))
+        assert await it.copy(await it.open()) == 0
+
+
 async def test_a_write_that_somebody_waits_for_fails_at_once() -> None:
     async with kernel() as it:
         one = await it.open()
@@ -142,6 +165,16 @@ async def test_where_nobody_could_be_told_the_kernel_is() -> None:
         one = await it.open()
         await it.release(one)
         assert (await it.write(one)).errno == errno.EDQUOT
+
+
+async def test_a_file_without_a_name() -> None:
+    """Opened for reading, too, and not for appending; told like any other."""
+    async with kernel() as it:
+        flags = os.O_TMPFILE | os.O_WRONLY | os.O_APPEND
+        body = fuse.CREATE_IN.values(flags, 0o640, 0, 0) + b"/\0"
+        assert (await it.stage.call(Opcode.TMPFILE, 1, body)).errno == 0
+        await it.write(70)
+        assert await it.flush(70) == errno.EDQUOT
 
 
 async def test_a_directory_may_have_the_same_handle() -> None:
@@ -209,6 +242,7 @@ async def test_nobody_asks(expect_log: Callable[[str], None]) -> None:
         ]
         await it.write(again)
         assert await it.flush(again) == errno.EDQUOT
+        await it.release(again)
         it.stage.send(Opcode.FORGET, FILE, fuse.FORGET_IN.values(1))
         assert await it.fsync(await it.open()) == 0
 

@@ -67,7 +67,7 @@ class HandleRules:
 
     def release(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
         """RELEASE."""
-        self._released(_U64(self._map, at + _IN)[0])
+        self._released(nodeid, _U64(self._map, at + _IN)[0])
         return self.post(slot, at, size, nodeid)
 
     def post(self, slot: Slot, at: int, _size: int, _nodeid: int) -> bool:

@@ -59,7 +59,7 @@ class LateReplies:
         kernel: KernelPort,
         device: DevicePort,
         forget: Callable[[int, int], None],
-        released: Callable[[int], None],
+        released: Callable[[int, int], None],
     ) -> None:
         self._loan = loan
         self._map = loan.memory.map
@@ -96,7 +96,7 @@ class LateReplies:
             self._forget(nodeid, 1)
         for opcode, nodeid, body in undo.requests:
             if opcode == _RELEASE:
-                self._released(_FH(body)[0])
+                self._released(nodeid, _FH(body)[0])
             self._device.undo(opcode, nodeid, body)
 
     def lock_of(self, slot: Slot) -> bytes:

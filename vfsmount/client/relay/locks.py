@@ -29,18 +29,18 @@ class LockRules:
         self._map = parts.loan.memory.map
         self._device = parts.device
         self._late = parts.late
-        self._locked = parts.memory.locked
+        self._note_lock = parts.memory.lock
         self._heeds_interrupts = parts.terms.heeds_interrupts
 
-    def lock(self, slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
+    def lock(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
         """SETLK, which does not wait: take note."""
-        self._locked.add(nodeid)
+        self._note_lock(nodeid, _U64(self._map, at + _IN)[0])
         self._late.interrupts.note_lock(nodeid, self._late.lock_of(slot))
         return False
 
     def wait_for_lock(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
         """SETLKW: go on with a wait that was interrupted, if it is the same."""
-        self._locked.add(nodeid)
+        self._note_lock(nodeid, _U64(self._map, at + _IN)[0])
         lock = self._late.lock_of(slot)
         if fuse.LK_IN.unpack(lock).type == LockType.UNLOCK:
             # Never waits; virtiofsd (C), which has no waiting, refuses it all the same.

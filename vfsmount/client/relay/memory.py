@@ -41,7 +41,9 @@ class Memory:
         names: Directories of which the kernel knows the names.
         unwritten: Of the pages that the kernel keeps for a while; None without its write-back.
         wrote: Handles that wrote since their last FLUSH.
-        locked: Nodes that the daemon may have POSIX locks on; a FLUSH gives its owner's up.
+        locked: Nodes that the daemon may have POSIX locks on; a FLUSH gives its owner's up. With
+            each the handles that locked: no lock outlives its handle, while a FORGET need not give
+            back all references.
     """
 
     def __init__(self, policy: CachePolicy) -> None:
@@ -52,20 +54,28 @@ class Memory:
         self.names = KnownNames(valid)
         self.unwritten = Unwritten() if policy.writeback else None
         self.wrote: set[int] = set()
-        self.locked: set[int] = set()
+        self.locked: dict[int, set[int]] = {}
 
     def forget(self, nodeid: int) -> None:
         """References to a node are given back."""
         self.xattrs.forget(nodeid)
         self.modes.drop(nodeid)
         self.names.clear()
-        self.locked.discard(nodeid)
         if self.unwritten is not None:
             self.unwritten.forget(nodeid)
 
-    def released(self, fh: int) -> None:
-        """The handle of a file is given back."""
+    def lock(self, nodeid: int, fh: int) -> None:
+        """A lock is asked for, by a handle of a file."""
+        self.locked.setdefault(nodeid, set()).add(fh)
+
+    def released(self, nodeid: int, fh: int) -> None:
+        """A handle of a file is given back."""
         self.wrote.discard(fh)
+        lockers = self.locked.get(nodeid)
+        if lockers is not None:
+            lockers.discard(fh)
+            if not lockers:
+                del self.locked[nodeid]
         if self.unwritten is not None:
             self.unwritten.released(fh)
 

@@ -38,7 +38,6 @@ __all__ = ["ROUTES", "make_routes"]
 #: Routes that are made; opcodes above share one, on which the daemon decides.
 ROUTES: Final = max(Opcode.COPY_FILE_RANGE_64, 63) + 1
 
-_OPENS: Final = (Opcode.OPEN, Opcode.CREATE)
 _MAKES: Final = (Opcode.CREATE, Opcode.TMPFILE)
 _COPIES: Final = (Opcode.COPY_FILE_RANGE, Opcode.COPY_FILE_RANGE_64)
 _XATTR_CHANGES: Final = (Opcode.SETXATTR, Opcode.REMOVEXATTR)
@@ -128,7 +127,7 @@ def _add_writeback(routes: list[Route], below: WritebackRules, writes: WriteRule
     _local(
         routes,
         {
-            **dict.fromkeys(_OPENS, below.open),
+            **dict.fromkeys((Opcode.OPEN, *_MAKES), below.open),
             **dict.fromkeys(_COPIES, below.copy),
             Opcode.FLUSH: below.flush,
             Opcode.FSYNC: below.fsync,

@@ -72,8 +72,9 @@ class Unwritten:
             log.error("pages of node %s did not reach the host, nobody asked: %s", nodeid, why)
 
     def forget(self, nodeid: int) -> None:
-        """The kernel forgets a node."""
-        self._unseen.pop(nodeid, None)
+        """The kernel gives references to a node back; not all, as long as somebody writes to it."""
+        if nodeid in self._unseen and nodeid not in self._writers.values():
+            del self._unseen[nodeid]
 
     def failed(self, nodeid: int, number: int) -> bool:
         """Pages of a node were refused with an errno; return whether somebody will be told."""

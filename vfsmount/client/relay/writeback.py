@@ -36,7 +36,7 @@ _FLUSH_IN: Final = struct.Struct("<Q8xQ").unpack_from  # flush_in: fh, unused, l
 
 
 class WritebackRules:
-    """OPEN, CREATE, FLUSH, FSYNC and COPY_FILE_RANGE, and failures to write.
+    """What opens, FLUSH, FSYNC and COPY_FILE_RANGE, and failures to write.
 
     Args:
         parts: Of the relay.
@@ -51,7 +51,7 @@ class WritebackRules:
         self._writes = writes
 
     def open(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
-        """OPEN and CREATE."""
+        """OPEN, CREATE and TMPFILE."""
         flags: int = _U32(self._map, at + _IN)[0]
         _PUT_U32(self._map, at + _IN, flags_below_writeback(flags) & ~os.O_CREAT)
         return False
