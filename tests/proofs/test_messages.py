@@ -18,6 +18,7 @@ import pytest
 from tests.support.daemons import DAEMON_KINDS, daemon_marks, require_daemon
 from tests.support.namespace import small_readahead
 from tests.support.shares import Shared, messages, open_shared
+from vfsmount.cache.policy import IO_SIZE
 from vfsmount.client.mount.status import read_status
 
 if TYPE_CHECKING:
@@ -171,6 +172,19 @@ def write_pieces(folder: int) -> None:
         os.close(fd)
 
 
+def write_as_told(folder: int) -> None:
+    """Write 16 MiB as cp and cat do: in pieces of st_blksize."""
+    fd = os.open("new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=folder)
+    try:
+        piece = os.fstat(fd).st_blksize
+        assert piece == os.stat("file", dir_fd=folder).st_blksize == IO_SIZE
+        assert os.fstat(folder).st_blksize < IO_SIZE
+        for offset in range(0, 16 * MIB, piece):
+            os.pwrite(fd, bytes(piece), offset)
+    finally:
+        os.close(fd)
+
+
 # fmt: off
 PROOFS = [
     Proof("stat-100", make_file(1), stat_often, {
@@ -217,6 +231,11 @@ PROOFS = [
         "none": [Bound(("WRITE",), 256, 256)],
         "auto": [Bound(("WRITE",), 256, 256)],
         "always": [Bound(("WRITE",), 256, 256)],
+    }, again=()),
+    Proof("write-as-told", make_file(1), write_as_told, {
+        "none": [at_most(32, "WRITE")],
+        "auto": [at_most(32, "WRITE")],
+        "always": [at_most(32, "WRITE")],
     }, again=()),
 ]
 # fmt: on

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vfsmount.cache.policy import CachePolicy
+from vfsmount.cache.policy import IO_SIZE, CachePolicy
 from vfsmount.client.relay.init import Terms, flags_to_withdraw, init_answer, settled_terms
 from vfsmount.client.relay.memory import (
     SetIdMemory,
@@ -31,6 +31,7 @@ ALWAYS = CachePolicy.for_mode("always")
 HOST = CachePolicy.for_mode("host")
 
 ATTR = fuse.Attr(7, 100, 8, 1, 2, 3, 4, 5, 6, 0o100644, 1, 0, 0, 0, 4096, 0)
+LARGE = ATTR._replace(blksize=IO_SIZE)
 ENTRY = fuse.EntryOut(42, 0, 86400, 86400, 5, 5, ATTR)
 
 
@@ -214,7 +215,7 @@ def test_entries_get_the_policys_validity(policy: CachePolicy, opcode: Opcode) -
 
     assert entry.entry_valid + entry.entry_valid_nsec / 1e9 == policy.entry_timeout
     assert entry.attr_valid + entry.attr_valid_nsec / 1e9 == policy.attr_timeout
-    assert (entry.nodeid, entry.attr) == (ENTRY.nodeid, ENTRY.attr)
+    assert (entry.nodeid, entry.attr) == (ENTRY.nodeid, LARGE)
 
 
 @pytest.mark.parametrize("policy", [NONE, AUTO, ALWAYS], ids=lambda policy: policy.name)
@@ -225,7 +226,7 @@ def test_attributes_get_the_policys_validity(policy: CachePolicy, opcode: Opcode
     out = fuse.ATTR_OUT.unpack(rewritten(policy, opcode, body))
 
     assert out.attr_valid + out.attr_valid_nsec / 1e9 == policy.attr_timeout
-    assert out.attr == ATTR
+    assert out.attr == LARGE
 
 
 def test_a_daemons_own_negative_entry_gets_the_negative_timeout() -> None:
@@ -293,6 +294,34 @@ def test_each_record_of_a_listing_gets_the_policys_validity() -> None:
     assert [record.name for record in found] == names
     assert {record.entry.entry_valid for record in found} == {1}
     assert {record.entry.attr_valid_nsec for record in found} == {500_000_000}
+    assert {record.entry.attr for record in found} == {LARGE}
+
+
+@pytest.mark.parametrize("kind", [stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFSOCK])
+def test_only_files_say_how_they_are_best_read(kind: int) -> None:
+    attr = ATTR._replace(mode=kind | 0o777)
+    entry = ENTRY._replace(attr=attr)
+
+    found = fuse.ENTRY_OUT.unpack(rewritten(AUTO, Opcode.LOOKUP, fuse.ENTRY_OUT.pack(entry)))
+    body = fuse.ATTR_OUT.pack(fuse.AttrOut(0, 0, attr))
+    asked = fuse.ATTR_OUT.unpack(rewritten(AUTO, Opcode.GETATTR, body))
+    listed = rewritten(AUTO, Opcode.READDIRPLUS, fuse.encode_direntplus(entry, 9, 1, 4, b"name"))
+    out = fuse.STATX_OUT.unpack(rewritten(AUTO, Opcode.STATX, statx_reply(kind)))
+
+    (record,) = fuse.iter_direntplus(listed)
+    assert found.attr == asked.attr == record.entry.attr == attr
+    assert out.stat.blksize == 4096
+
+
+def test_statx_says_how_files_are_best_read() -> None:
+    out = fuse.STATX_OUT.unpack(rewritten(AUTO, Opcode.STATX, statx_reply(stat.S_IFREG)))
+
+    assert (out.attr_valid, out.stat.blksize, out.stat.mode) == (1, IO_SIZE, stat.S_IFREG)
+
+
+def statx_reply(mode: int) -> bytes:
+    blank = fuse.STATX_OUT.unpack(bytes(fuse.STATX_OUT.size))
+    return fuse.STATX_OUT.pack(blank._replace(stat=blank.stat._replace(blksize=4096, mode=mode)))
 
 
 @given(

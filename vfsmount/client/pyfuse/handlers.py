@@ -20,6 +20,7 @@ import trio
 from pyfuse3 import EntryAttributes, FUSEError
 
 from vfsmount.cache.freshness import Freshness, signature_of
+from vfsmount.cache.policy import IO_SIZE
 from vfsmount.cache.shortages import Shortages
 from vfsmount.cache.xattrs import AbsentXattrs
 from vfsmount.client.pyfuse.listings import KeptListings
@@ -234,7 +235,8 @@ class Handlers(pyfuse3.Operations):
         if attr.rdev:
             out.st_rdev = decode_dev(attr.rdev)
         out.st_size = attr.size
-        out.st_blksize = attr.blksize
+        own = stat.S_ISREG(attr.mode) and not policy.from_host
+        out.st_blksize = IO_SIZE if own else attr.blksize
         out.st_blocks = attr.blocks
         out.st_atime_ns = attr.atime * 1_000_000_000 + attr.atimensec
         out.st_mtime_ns = attr.mtime * 1_000_000_000 + attr.mtimensec

@@ -5,7 +5,7 @@ the complete list of exceptions:
 
 * INIT is answered by us: the session has done its own with the daemon (``init``).
 * Validity times and open flags in replies become those of the cache policy (``reply_rewriters``),
-  except in mode ``host``.
+  except in mode ``host``; so does what files are best read and written by (``IO_SIZE``).
 * A handle that cannot write wants no FLUSH, and one that has written nothing gets none, where the
   daemon has no locks to give up at a FLUSH.
 * "No such name" becomes a negative entry where the policy remembers absence (``negative_entry``).
@@ -33,11 +33,13 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import struct
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.cache.freshness import SIGNATURE_AT, SIGNATURE_SIZE
+from vfsmount.cache.policy import IO_SIZE
 from vfsmount.client.relay.listings import ListingAges
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import Opcode, OpenOutFlag
@@ -75,6 +77,15 @@ _ATTR_OUT: Final = fuse.ATTR_OUT.size
 _MODE_AT: Final = 76  # of attr_out: 16 and 60
 _ENTRY_MODE: Final = struct.Struct("<Q92xI").unpack_from  # entry_out: nodeid, and mode at 100
 _U32: Final = struct.Struct("<I")
+_PUT_U32: Final = _U32.pack_into
+#: Offsets of the byte of ``mode`` that has the file's type, and of ``blksize``.
+_ENTRY_TYPE_AT: Final = 101
+_ENTRY_BLKSIZE_AT: Final = 120
+_ATTR_TYPE_AT: Final = 77
+_ATTR_BLKSIZE_AT: Final = 96
+_STATX_TYPE_AT: Final = 61
+_STATX_BLKSIZE_AT: Final = 36
+_REGULAR: Final = stat.S_IFREG >> 12
 _OPEN_FLAGS_AT: Final = 8
 _DIRENTPLUS: Final = _ENTRY + fuse.DIRENT.size
 _NAME_LENGTH: Final = struct.Struct("<I").unpack_from
@@ -211,6 +222,8 @@ def _of_entry(
         if memory[start:end] != valid and not from_host:
             exists = memory[at : at + 8] != no_node
             memory[start:end] = valid if exists else absent_valid
+        if memory[at + _ENTRY_TYPE_AT] >> 4 == _REGULAR and not from_host:
+            _PUT_U32(memory, at + _ENTRY_BLKSIZE_AT, IO_SIZE)
         if learn is not None:
             learn(memory, at)
 
@@ -226,6 +239,8 @@ def _of_listing(policy: CachePolicy, learn: Callable[[mmap.mmap, int], None] | N
             start = at + _ENTRY_VALID_AT
             if memory[start : start + _ENTRY_VALID.size] != valid and not from_host:
                 memory[start : start + _ENTRY_VALID.size] = valid
+            if memory[at + _ENTRY_TYPE_AT] >> 4 == _REGULAR and not from_host:
+                _PUT_U32(memory, at + _ENTRY_BLKSIZE_AT, IO_SIZE)
             if learn is not None:
                 learn(memory, at)
             # The length may lie; the kernel then refuses the reply. Each step goes on by 152 at
@@ -245,6 +260,8 @@ def _of_attributes(
             return
         if memory[at : at + _ATTR_VALID.size] != valid and not from_host:
             memory[at : at + _ATTR_VALID.size] = valid
+        if memory[at + _ATTR_TYPE_AT] >> 4 == _REGULAR and not from_host:
+            _PUT_U32(memory, at + _ATTR_BLKSIZE_AT, IO_SIZE)
         if modes is not None:
             modes.see(nodeid, _U32.unpack_from(memory, at + _MODE_AT)[0])
         if fresh is not None:
@@ -258,8 +275,12 @@ def _of_statx(policy: CachePolicy) -> Rewriter:
     valid = _ATTR_VALID.pack(*_split(policy.attr_timeout))
 
     def rewrite(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
-        if length >= _ATTR_VALID.size and memory[at : at + _ATTR_VALID.size] != valid:
+        if length < fuse.STATX_OUT.size:
+            return
+        if memory[at : at + _ATTR_VALID.size] != valid:
             memory[at : at + _ATTR_VALID.size] = valid
+        if memory[at + _STATX_TYPE_AT] >> 4 == _REGULAR:
+            _PUT_U32(memory, at + _STATX_BLKSIZE_AT, IO_SIZE)
 
     return rewrite
 
