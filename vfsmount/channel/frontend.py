@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import trio
 
+from vfsmount.channel.closer import discard
 from vfsmount.channel.negotiation import ack_protocol_features, ack_virtio_features
-from vfsmount.channel.socket import Message, MessageSocket, discard
 from vfsmount.channel.trace import trace_message
 from vfsmount.errors import (
     ChannelBroken,
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from vfsmount.channel.memory import SharedMemory
     from vfsmount.channel.options import ChannelOptions
     from vfsmount.channel.rings import DriverQueue
+    from vfsmount.channel.socket import Message, MessageSocket
 
 __all__ = ["DeviceOffer", "Frontend"]
 

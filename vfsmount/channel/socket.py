@@ -12,12 +12,11 @@ import os
 import select
 import socket as stdlib_socket
 import stat
-import threading
-from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
+from vfsmount.channel.closer import discard
 from vfsmount.errors import ConnectError, WireError
 from vfsmount.wire.vhost_user import HEADER, MAX_FDS, Header, decode_header
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from trio.socket import SocketType
 
-__all__ = ["Message", "MessageSocket", "connect", "discard", "receive_now"]
+__all__ = ["Message", "MessageSocket", "connect", "receive_now"]
 
 #: Seconds for the rest of a message, where nobody else can be served meanwhile.
 _REST_SECONDS = 1.0
@@ -40,23 +39,6 @@ class Message(NamedTuple):
     header: Header
     payload: bytes
     fds: list[int]
-
-
-def discard(fds: Sequence[int]) -> None:
-    """Have descriptors closed that nobody wants, without waiting for that.
-
-    close(2) asks the file's file system, and one in userspace need not answer (FUSE_FLUSH); nothing
-    ends that wait but its end. So it is waited for in a thread of its own. Messages with
-    descriptors are few, and each thread that hangs keeps one, so there are never many.
-    """
-    if fds:
-        threading.Thread(target=_close_all, args=(tuple(fds),), name="closer", daemon=True).start()
-
-
-def _close_all(fds: Sequence[int]) -> None:
-    for fd in fds:
-        with suppress(OSError):  # of the file system; the descriptor is gone all the same
-            os.close(fd)
 
 
 class MessageSocket:
