@@ -116,11 +116,12 @@ def test_overlaps_in_either_space(memory: GuestMemory, fd: int, guest: int, user
         memory.add(region(guest, user=user), fd)
 
 
-def test_what_is_no_memory_file(memory: GuestMemory) -> None:
+@pytest.mark.parametrize(("alone", "why"), [(False, "could take away"), (True, "no memory file")])
+def test_what_is_no_memory_file(alone: bool, why: str) -> None:
     read_end, write_end = os.pipe()
     try:
-        with pytest.raises(Refused, match="no memory file"):
-            memory.add(region(), read_end)
+        with pytest.raises(Refused, match=why):
+            GuestMemory(alone=alone).add(region(), read_end)
     finally:
         os.close(read_end)
         os.close(write_end)

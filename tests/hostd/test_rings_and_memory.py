@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +21,9 @@ from tests.hostd.frontend import (
     connected,
 )
 from tests.hostd.guest import ROOT
+from tests.support.silent_fuse import silent_file
+from tests.support.wait import wait_until
+from vfsmount.hostd import closer
 from vfsmount.hostd.fs.share import Share, ShareOptions
 from vfsmount.hostd.memory import MAX_MEM_SLOTS
 from vfsmount.wire import fuse
@@ -188,3 +192,26 @@ def test_an_exchange_that_is_refused_changes_nothing(
     assert not in_pieces.ack(R.ADD_MEM_REG, PIECES[1], [in_pieces.memfd])
     assert not in_pieces.ack(R.REM_MEM_REG, PIECES[1]._replace(size=4096))
     assert in_pieces.getattr(ROOT).ino
+
+
+def test_descriptors_of_a_file_system_that_does_not_answer(
+    share: Share, tmp_path_factory: pytest.TempPathFactory, expect_log: Callable[[str], None]
+) -> None:
+    """They are refused without a question, and closed aside, by few threads."""
+    expect_log("refused SET_MEM_TABLE")
+    expect_log("refused SET_VRING_ERR")
+    with (
+        silent_file(tmp_path_factory.mktemp("silent") / "mnt") as fd,
+        connected(share) as frontend,
+    ):
+        frontend.handshake()
+        frontend.init()
+        memory = MemoryTable((frontend.region,))
+        for _ in range(2 * closer.THREADS):
+            assert not frontend.ack(R.SET_MEM_TABLE, memory, [fd])
+            assert not frontend.ack(R.SET_VRING_ERR, FdWord(1), [fd])
+        assert sum(one.name == "closer" for one in threading.enumerate()) == closer.THREADS
+        assert frontend.getattr(ROOT).ino
+    wait_until(
+        lambda: all(one.name != "closer" for one in threading.enumerate()), 5.0, "the closers"
+    )

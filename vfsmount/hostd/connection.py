@@ -31,6 +31,7 @@ from vfsmount.errors import WireError
 from vfsmount.hostd.aside import Aside
 from vfsmount.hostd.backend import Backend
 from vfsmount.hostd.barrier import RECHECK
+from vfsmount.hostd.closer import discard
 from vfsmount.hostd.faults import GuestFault, Refused, RingFault
 from vfsmount.hostd.fs.call import Deferred
 from vfsmount.hostd.fs.dispatch import FuseServer
@@ -279,13 +280,16 @@ class Connection:
         if message is None:
             return False
         try:
-            self._obey(message)
-        finally:
-            close_all(message.fds)
+            is_obeyed = self._obey(message)
+        except BaseException:
+            discard(message.fds)
+            raise
+        # What was obeyed has been looked at: memory, eventfds, a socket.
+        (close_all if is_obeyed else discard)(message.fds)
         return True
 
-    def _obey(self, message: Message) -> None:
-        """Decode, hand to the state machine, and answer.
+    def _obey(self, message: Message) -> bool:
+        """Decode, hand to the state machine, and answer; False when it was refused.
 
         Raises:
             WireError: The message does not decode.
@@ -305,13 +309,14 @@ class Connection:
                 raise GuestFault(f"{request.name}: {refusal}") from None
             logger.warning("%s: refused %s: %s", self.name, request.name, str(refusal))
             send_reply(self._sock, header.request, encode_ack(_FAILURE))
-            return
+            return False
         logger.debug("%s: %s %s", self.name, request.name, record)
         if kind.reply is not None:
             fds = message.fds if kind.reply_fds[1] else ()
             send_reply(self._sock, header.request, encode_reply(request, reply), fds)
         elif self._wants_ack(header):
             send_reply(self._sock, header.request, encode_ack())
+        return True
 
     def _wants_ack(self, header: Header) -> bool:
         return header.needs_reply and self._backend.acknowledges

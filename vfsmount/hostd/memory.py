@@ -92,13 +92,13 @@ def map_shared(fd: int, offset: int, size: int, *, alone: bool) -> memoryview:
     Raises:
         Refused: The file cannot back them, or could cease to.
     """
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise Refused("memory region whose descriptor is no memory file")
-    if not _is_lasting(fd) and not alone:
+    if not _is_lasting(fd) and not alone:  # first: fstat(2) of other files may wait for ever
         raise Refused(
             "memory that its owner could take away under all guests; "
             "share a memfd (QEMU: memory-backend-memfd), or run a daemon per guest with --once"
         )
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise Refused("memory region whose descriptor is no memory file")
     file_size = os.fstat(fd).st_size  # after sealing
     if offset + size > file_size:
         raise Refused(f"memory region ends beyond its file of {file_size} bytes")

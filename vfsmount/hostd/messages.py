@@ -11,6 +11,7 @@ import array
 import socket
 from typing import TYPE_CHECKING, NamedTuple
 
+from vfsmount.hostd.closer import discard
 from vfsmount.hostd.faults import GuestFault
 from vfsmount.hostd.syscalls import close_quietly
 from vfsmount.wire.vhost_user import HEADER, MAX_FDS, decode_header, encode_header
@@ -40,7 +41,7 @@ class Message(NamedTuple):
 
 
 def close_all(fds: Sequence[int]) -> None:
-    """Close descriptors that nobody took."""
+    """Close descriptors that were found to be harmless, and are done with."""
     for fd in fds:
         close_quietly(fd)
 
@@ -63,7 +64,7 @@ def receive(sock: socket.socket) -> Message | None:
         header = decode_header(first + _receive_exactly(sock, HEADER.size - len(first)))
         return Message(header, _receive_exactly(sock, header.size), fds)
     except BaseException:
-        close_all(fds)
+        discard(fds)
         raise
 
 
@@ -76,7 +77,7 @@ def _receive_with_fds(sock: socket.socket, size: int) -> tuple[bytes, list[int]]
             whole = len(content) // _FD_SIZE * _FD_SIZE
             fds += array.array("i", content[:whole])
     if flags & socket.MSG_CTRUNC:
-        close_all(fds)
+        discard(fds)
         raise GuestFault(f"more than {MAX_FDS} descriptors in one message")
     return data, fds
 

@@ -15,8 +15,9 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.errors import VfsmountError
+from vfsmount.hostd.closer import discard
 from vfsmount.hostd.faults import Refused
-from vfsmount.hostd.messages import close_all, receive
+from vfsmount.hostd.messages import receive
 from vfsmount.wire.vhost_user import decode_reply, encode_message
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class RequestChannel:
         message = receive(self._socket)
         if message is None:
             raise ConnectionResetError("closed by the front-end")
-        close_all(message.fds)
+        discard(message.fds)
         if not message.header.is_reply or message.header.request != request:
             raise ConnectionAbortedError(f"message {message.header.request} instead of an answer")
         answer = decode_reply(request, message.payload)
