@@ -445,6 +445,19 @@ async def test_no_forget_is_lost_at_the_end() -> None:
     assert device.forgotten == dict.fromkeys(range(2, 1000), 1)
 
 
+async def test_forgets_are_nobodys_orphans() -> None:
+    hoard = Hoard()
+    async with opened(FakeDevice(hoard)) as channel:
+        for nodeid in range(2, 34):
+            channel.forget(nodeid, 1)
+        (flight,) = channel.statistics().in_flight
+        assert not flight.abandoned
+        (await hoard.wait(1))[0].use(0)
+        channel._progress()
+        assert not channel.statistics().in_flight
+        assert [exchange.orphans for exchange in channel._exchanges] == [0, 0]
+
+
 async def test_forgets_wait_for_room_and_blocks_come_back() -> None:
     hoard = Hoard()
     async with opened(FakeDevice(hoard), queue_size=2, indirect=False) as channel:

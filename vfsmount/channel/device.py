@@ -104,7 +104,7 @@ class Channel:
         self._budget = PollBudget(options.poll_us)
         self._requests = Exchange(requests, memory, arena, self._budget, self.fail, self._count)
         self._hiprio = Exchange(
-            hiprio, memory, arena, PollBudget(0), self.fail, self._count, quiet=True
+            hiprio, memory, arena, PollBudget(0), self.fail, _uncounted, quiet=True
         )
         self._exchanges = (self._hiprio, self._requests)
         self._forgets = ForgetGatherer(hiprio)
@@ -464,6 +464,7 @@ class Channel:
             return
         self._calls += self._loan.calls
         self._requests.abandoned += self._loan.abandoned
+        self._requests.take_over()
         if self._loan.backend is not None:
             self._loan.backend.close()
         if self.backend_requests is not None:
@@ -565,6 +566,10 @@ class Channel:
             if count
         }
         return timed | forgets
+
+
+def _uncounted(_: Pending) -> None:
+    """Posted on the hiprio queue: FORGETs, counted where they are gathered; and INTERRUPTs."""
 
 
 def _in_flight(pending: Pending, now_ns: int) -> InFlightRequest:

@@ -273,6 +273,10 @@ class Exchange:
         if waiter is not None:
             trio.lowlevel.reschedule(waiter, outcome.Error(error))
 
+    def take_over(self) -> None:
+        """Count what a borrower of the queue has left to the device."""
+        self.orphans += sum(one.state == ABANDONED for one in self.queue.outstanding())
+
     # --- reaping ---------------------------------------------------------------------------------
 
     def reap(self) -> None:

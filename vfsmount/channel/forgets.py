@@ -11,7 +11,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
-from vfsmount.channel.inflight import ABANDONED, Pending
+from vfsmount.channel.inflight import POSTED, Pending
 from vfsmount.wire.fuse import FORGET_IN, Opcode, encode_batch_forget
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class ForgetGatherer:
             pending = Pending(opcode, nodeid, body, None, -1, 0, 0, 0, 0, None)
             if not self._queue.submit(pending):
                 return
-            pending.state = ABANDONED  # whoever reaps it frees the block
+            pending.state = POSTED  # whoever reaps it frees the block
             self.sent[opcode] += 1
             for node, _ in batch:
                 del self._counts[node]

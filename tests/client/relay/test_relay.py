@@ -554,8 +554,10 @@ async def test_what_is_left_at_the_end_is_the_channels() -> None:
         stage.relay.abort()
         await wait_until_async(lambda: stage.relay.ended, 5, "the relay to end")
         stage.channel.end_loan()
+        assert stage.channel.orphans == 1
         keeper.kept[0].reply(ENTRY)
         assert await stage.channel.request(Opcode.STATFS, 1, b"", reply_size=80) == b""
+        await wait_until_async(lambda: not stage.channel.orphans, 5, "the late reply")
 
 
 SIZE = 100 << 10

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final
 
-from vfsmount.channel.inflight import ABANDONED, SENT, Pending
+from vfsmount.channel.inflight import ABANDONED, POSTED, SENT, Pending
 from vfsmount.client.relay.slots import Slot
 from vfsmount.errors import ProtocolViolation
 from vfsmount.wire import fuse
@@ -150,7 +150,7 @@ class DevicePort:
         self.reap_aside()
         if self._orders.error is not None or not self._loan.hiprio.submit(pending):
             return False
-        pending.state = ABANDONED
+        pending.state = POSTED
         return True
 
     def forget(self, nodeid: int, nlookup: int) -> None:
