@@ -7,7 +7,7 @@ import os
 import random
 from collections import Counter
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
+    from vfsmount.wire import fuse
     from vfsmount.wire.fuse import AttrOut
 
 pytestmark = pytest.mark.slow
@@ -154,6 +155,28 @@ async def test_little_is_read_where_little_is_wanted(host: Path) -> None:
         for _ in range(4):
             await view.files.read("file", 100, 5 * MIB + 7)
         assert view.messages()["READ"] == 1
+
+
+async def test_a_listing_goes_on_after_names_that_were_removed(
+    host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As virtiofsd (C) fails for them, when attributes are asked for, too."""
+    monkeypatch.setattr("vfsmount.client.cached._LISTING", 4096)
+    for number in range(300):
+        (host / f"name-{number:03}").touch()
+    async with viewing(host, "auto", "c") as view:
+        ask = view.guest.readdirplus
+
+        async def readdirplus(*args: Any) -> list[fuse.DirEntryPlus]:
+            entries = await ask(*args)
+            for number in range(0, 300, 5):
+                (host / f"name-{number:03}").unlink(missing_ok=True)
+            return entries
+
+        monkeypatch.setattr(view.guest, "readdirplus", readdirplus)
+        found = {name for name, _ in await view.files.scandir()}
+        assert view.guest.channel.statistics().requests["READDIRPLUS"].errors
+    assert {one.name.encode() for one in host.iterdir()} <= found
 
 
 # --- who sees what, and when ---------------------------------------------------------------------

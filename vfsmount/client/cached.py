@@ -322,7 +322,13 @@ class CachedSession:
         found: dict[bytes, fuse.Attr] | None,
     ) -> int | None:
         sent, before = self._clock(), self._version()
-        entries = await self._session.readdirplus(nodeid, fh, position, _LISTING)
+        try:
+            entries = await self._session.readdirplus(nodeid, fh, position, _LISTING)
+        except RemoteErrno as error:
+            if error.errno != errno.ENOENT:
+                raise
+            # virtiofsd (C) has read a name that was removed before it looked that up.
+            return await self._list_plain(nodeid, fh, position, names)
         for listed in entries:
             if listed.name in _DOTS:
                 continue

@@ -96,6 +96,7 @@ class Answers:
 
         Raises:
             TookPart: Not yet: there is a rest to be written.
+            SendAgain: Not yet: it is to be asked for in another way.
         """
         route = slot.route
         counter = route.counter

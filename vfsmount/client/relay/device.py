@@ -96,12 +96,16 @@ class DevicePort:
         _U64.pack_into(self._map, slot.at + _WRITE_OFFSET_AT, (offset + taken) % (1 << 64))
         _U32.pack_into(self._map, slot.at + _WRITE_SIZE_AT, left)
         slot.size -= taken
-        slot.errno = slot.length = 0
         if slot.head >= 0:
             self._queue.describe_reserved(slot, slot.at, slot.size)
+        self.send_again(slot)
+        return True
+
+    def send_again(self, slot: Slot) -> None:
+        """Hand a slot over right after its reply was taken: its own descriptors are room enough."""
+        slot.errno = slot.length = 0
         self.submit(slot)
         self.kick()
-        return True
 
     def retry_stalled(self) -> None:
         """Hand over what found no room."""

@@ -8,7 +8,7 @@ from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.client.relay.listings import OFFSET_AT, SIZE_AT, room_for_names
-from vfsmount.client.relay.route import Route
+from vfsmount.client.relay.route import Route, SendAgain
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import Opcode
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["KnownRules"]
 
 _IN: Final = fuse.IN_HEADER.size
+_OUT: Final = fuse.OUT_HEADER.size
 _XATTR_NAME_AT: Final = _IN + fuse.GETXATTR_IN.size
 _PUT_U32: Final = struct.Struct("<I").pack_into
 _U32: Final = struct.Struct("<I").unpack_from
@@ -90,12 +91,30 @@ class KnownRules:
         if not self._names.is_known(nodeid, now):
             self._names.listed(nodeid, now)
             return False
-        size = room_for_names(_U32(self._map, at + SIZE_AT)[0])
-        _PUT_U32(self._map, at + SIZE_AT, size)
+        self._ask_for_names(slot, at)
+        return False
+
+    def list_failed(self, slot: Slot, number: int) -> bool:
+        """READDIRPLUS has failed: ask for names alone, if it came upon one that has gone.
+
+        virtiofsd (C) reads a name, looks it up, and says ENOENT when it was removed in between.
+        The C library takes that for the end of the directory. By names alone it goes on.
+
+        Raises:
+            SendAgain: It is a READDIR now.
+        """
+        if number != errno.ENOENT:
+            return False
+        self._ask_for_names(slot, slot.at)
+        raise SendAgain
+
+    def _ask_for_names(self, slot: Slot, at: int) -> None:
+        """Make a READDIRPLUS that lies ready in its slot a READDIR."""
+        # The device may have had it: how much was asked for is not read from there again.
+        _PUT_U32(self._map, at + SIZE_AT, room_for_names(slot.writable - _OUT))
         _PUT_U32(self._map, at + _OPCODE_AT, Opcode.READDIR)
         slot.opcode = Opcode.READDIR
         slot.route = self._names_alone
-        return False
 
     def unexpected(self, slot: Slot, _at: int, _size: int, _nodeid: int) -> bool:
         """What the kernel does not send."""

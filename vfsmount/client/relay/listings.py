@@ -2,6 +2,7 @@
 
 READDIRPLUS is sent as READDIR where the kernel knows the rest already (``cache.known_names``). Only
 the beginning of a listing is changed; how it goes on, the kernel decides by what was looked at.
+Anywhere in a listing READDIR is sent after a READDIRPLUS that has failed with ENOENT (``known``).
 The reply gets the shape that the kernel has asked for, with entries of node 0: a name, and nothing
 about the file.
 """

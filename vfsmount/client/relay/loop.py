@@ -39,6 +39,7 @@ from vfsmount.client.relay.caretaker import Caretaker
 from vfsmount.client.relay.kernel import ENDED
 from vfsmount.client.relay.rewrite import TookPart
 from vfsmount.client.relay.rooms import room_for_reply
+from vfsmount.client.relay.route import SendAgain
 from vfsmount.client.relay.routes import ROUTES, make_routes
 from vfsmount.client.relay.slots import Slot
 from vfsmount.errors import ProtocolViolation
@@ -322,6 +323,8 @@ class Loop:
                             answer(pending)
                         except TookPart as part:
                             self._send_rest(pending, part.count)
+                        except SendAgain:
+                            self._device.send_again(pending)
                         else:
                             pending.answers = 0
                             if self._spare is None:

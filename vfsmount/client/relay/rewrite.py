@@ -20,7 +20,8 @@ the complete list of exceptions:
 * An unlock that may wait (SETLKW) becomes one that may not (SETLK).
 * CREATE goes without O_CREAT, which it implies: virtiofsd (C) would pass it to openat(2) without a
   mode, and abort, when the file exists already, as it may while the kernel remembers its absence.
-* READDIRPLUS of a directory whose names the kernel knows becomes READDIR (``listings``).
+* READDIRPLUS of a directory whose names the kernel knows becomes READDIR (``listings``). So does
+  one that comes upon a name which was removed meanwhile, instead of ENOENT (``known``).
 * Extended attributes that are known to be absent are answered from memory (``cache.xattrs``), above
   all ``security.capability``, for which the kernel asks before each write.
 

@@ -4,7 +4,7 @@ Three functions of a route may see a request, and each returns whether that is a
 
     local      first of all: answers it here, changes it in place, or takes a note of it
     special    when the slot is ready to go: hands it over in another way than the rest
-    failed     the error with which it ends, before the kernel does
+    failed     the error with which it ends, before the kernel does; may have it sent again
 
 Most opcodes have none of them.
 """
@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     #: Slot, offset of the request, its bytes, its nodeid; whether it has been dealt with.
     Handler: TypeAlias = Callable[[Slot, int, int, int], bool]
 
-__all__ = ["Route"]
+__all__ = ["Route", "SendAgain"]
+
+
+class SendAgain(Exception):
+    """Raised by ``failed``: the slot goes to the device once more, with the request as it is now.
+
+    Its length and the room for its reply are those that they were.
+    """
 
 
 class Route:

@@ -106,6 +106,7 @@ def _add_always(
     _special(routes, special)
     for opcode in _XATTR_CHANGES:
         routes[opcode].rewrite = known.xattr_changed
+    routes[Opcode.READDIRPLUS].failed = known.list_failed
 
 
 def _add_passed(routes: list[Route], passed: PassedHandleRules, *, flushes: bool) -> None:
