@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
-from tests.client.relay.fake_kernel import AUTO, LARGEST, on_stage
+from tests.client.relay.fake_kernel import AUTO, LARGEST, PATIENCE, on_stage
 from tests.support.wait import wait_until_async
 from vfsmount.cache.policy import CachePolicy
 from vfsmount.channel import ChannelOptions
@@ -520,6 +520,25 @@ async def test_a_daemon_that_dies_fails_all_at_once(expect_log: Callable[[str], 
         assert {reply.unique for reply in replies} == sent
         assert {reply.errno for reply in replies} == {errno.ENOTCONN}
         assert (await stage.call(Opcode.STATFS)).errno == errno.ENOTCONN
+
+
+async def test_what_waits_for_room_fails_too(expect_log: Callable[[str], None]) -> None:
+    """Also where callers of the requests before have gone away."""
+    expect_log("the channel to the daemon has ended")
+    options = ChannelOptions(queue_size=8, request_timeout=0.5)
+    keeper = Keeper(Opcode.UNLINK)
+    async with on_stage(keeper, options=options, features=PLAIN_FEATURES) as stage:
+        for _ in range(4):
+            stage.send(Opcode.UNLINK, 1, b"name\0")
+        assert {(await stage.receive()).errno for _ in range(4)} == {errno.ETIMEDOUT}
+        for request in keeper.kept:
+            request.reply(error=-errno.ENOENT)
+        await stage.call(Opcode.ACCESS, 1, bytes(8))
+        sent = {stage.send(Opcode.UNLINK, 1, b"name\0") for _ in range(5)}
+        await keeper.wait_kept(8)
+        stage.device.hang_up()
+        with trio.fail_after(PATIENCE):
+            assert {(await stage.receive()).unique for _ in sent} == sent
 
 
 async def test_a_mute_daemon(expect_log: Callable[[str], None]) -> None:

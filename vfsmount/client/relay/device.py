@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final
 
-from vfsmount.channel.inflight import ABANDONED, POSTED, SENT, Pending
+from vfsmount.channel.inflight import ABANDONED, NEW, POSTED, SENT, Pending
 from vfsmount.client.relay.slots import Slot
 from vfsmount.errors import ProtocolViolation
 from vfsmount.wire import fuse
@@ -82,6 +82,7 @@ class DevicePort:
         if slot.head >= 0:
             self._queue.submit_reserved(slot, slot.head, False)
         elif not self._queue.submit_placed(slot, slot.at, slot.size):
+            slot.state = NEW  # whatever became of the request that was there before
             self.stalled.append(slot)
 
     def send_rest(self, slot: Slot, taken: int) -> bool:
