@@ -71,6 +71,23 @@ async def test_an_unchanged_file_costs_one_more_message() -> None:
         assert sorted(host.seen) == [Opcode.GETATTR] * 3 + [Opcode.OPEN] * 2
 
 
+async def test_a_reply_that_waits_is_answered_as_it_came() -> None:
+    host = Host()
+    host.keep = {int(Opcode.OPEN), int(Opcode.GETATTR)}
+    async with on_stage(host) as stage:
+        unique = stage.send(Opcode.OPEN, NODE, OPEN)
+        await wait_until_async(lambda: len(host.kept) == 2, 5, "both requests")
+        ahead, opened = host.kept
+        host.answer(opened)
+        await stage.call(Opcode.ACCESS, NODE, bytes(8))  # by now the relay has it
+        header = fuse.OUT_HEADER.values(32, 0, unique)
+        opened.write(header + fuse.OPEN_OUT.values(4, 0, 0))
+        host.answer(ahead)
+        assert (await stage.receive()).unique == 0  # attributes are invalidated
+        reply = await stage.receive()
+        assert (reply.unique, fuse.OPEN_OUT.unpack(reply.body).fh) == (unique, 3)
+
+
 async def test_what_changed_is_told_once() -> None:
     """The kernel's question that follows is answered from what the open has found."""
     host = Host()

@@ -362,6 +362,7 @@ class Loop:
         if slot.state != DONE:
             self._settle(slot)
             return
+        self._opens.put_back(slot)
         self._answers.answer(slot)
         slot.check = None
         slot.answers = 0

@@ -192,6 +192,15 @@ class OpenChecks:
             self.passthrough.created(check)
         return self._is_ready(slot, check)
 
+    def put_back(self, slot: Slot) -> None:
+        """Have what was read of an open's reply in its place, for the answer that follows at once.
+
+        Where it has waited, the daemon has had time to write there. The kernel gets the handle that
+        is remembered here.
+        """
+        if slot.check is not None and not slot.errno:
+            self._map[slot.data_at : slot.data_at + slot.length] = slot.check.reply
+
     def _is_ready(self, slot: Slot, check: OpenCheck) -> bool:
         passthrough = self.passthrough
         return check.is_ready() and (passthrough is None or passthrough.settle(slot))
