@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import resource
@@ -155,6 +156,28 @@ def fill(fd: int, part: int, mapped: bool) -> Iterator[None]:
     with mmap.mmap(fd, WRITTEN) as pages:
         pages[part * WRITTEN // 2 : (part + 1) * WRITTEN // 2] = b"m" * (WRITTEN // 2)
         yield
+
+
+def test_writes_that_are_synced_tell_at_once(here: Place) -> None:
+    wait_until(lambda: has_room(here), 10, "the files of other tests to be gone")
+    path = here.path / "synced"
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_SYNC)
+    try:
+        assert error_of(os.pwrite, fd, bytes(WRITTEN), 0) == "ENOSPC"
+    finally:
+        error_of(os.close, fd)
+        path.unlink()
+
+
+def test_a_file_that_is_removed_and_synced_with_all_others(here: Place) -> None:
+    """sync(2) and sync_file_range(2) cannot tell; they do not use up what close(2) tells either."""
+    wait_until(lambda: has_room(here), 10, "the files of other tests to be gone")
+    fd = os.open(here.path / "removed", os.O_WRONLY | os.O_CREAT)
+    os.pwrite(fd, bytes(WRITTEN), 0)
+    (here.path / "removed").unlink()
+    os.sync()
+    ctypes.CDLL(None).sync_file_range(fd, ctypes.c_int64(0), ctypes.c_int64(0), 7)
+    assert error_of(os.close, fd) == "ENOSPC"
 
 
 def test_close_tells(here: Place) -> None:

@@ -151,11 +151,6 @@ def utimensat(dir_fd: int, name: bytes, atime: tuple[int, int], mtime: tuple[int
     _check(_utimensat(dir_fd, name, _Timespecs(*atime, *mtime), 0))
 
 
-def futimens(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
-    """futimens(3): the same on an open file."""
-    _check(_utimensat(fd, None, _Timespecs(*atime, *mtime), 0))
-
-
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2) with any mode."""
     _check(_fallocate(fd, mode, offset, length))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -58,6 +60,15 @@ def test_lines_on_stderr(level: str, lines: list[str], capsys: pytest.CaptureFix
     logs.start_logging(level)
     speak()
     assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_replies_that_come_after_the_end_are_no_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.start_logging("info")
+    log, text = logging.getLogger("pyfuse3"), "fuse_release(): fuse_reply_* failed with %s"
+    log.error(text, os.strerror(errno.ENOENT))
+    log.error(text, os.strerror(errno.EINVAL))
+    log.removeFilter(logs._is_news)
+    assert capsys.readouterr().err == f"vfsmount: error: {text % 'Invalid argument'}\n"
 
 
 def test_file_has_the_time_as_well(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Error lines of the command have the same shape, so that a script needs one patte
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -73,7 +74,16 @@ def start_logging(level: str, log_file: str | None = None) -> None:
     logging.getLogger().setLevel(level.upper())
     # Both tell of every request at debug level, which buries what a reader looks for.
     logging.getLogger("pyfuse3").setLevel(logging.INFO)
+    logging.getLogger("pyfuse3").addFilter(_is_news)
     logging.captureWarnings(capture=True)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether pyfuse3 has something to tell. A reply that nobody waits for is no error.
+
+    The kernel says ENOENT to those. Last closes that are with us when it unmounts are such.
+    """
+    return record.args != (os.strerror(errno.ENOENT),) or "fuse_reply_" not in str(record.msg)
 
 
 def to_background() -> None:
