@@ -247,3 +247,20 @@ def test_a_daemon_that_reads_no_answer_is_not_served_any_more() -> None:
         else:
             pytest.fail("it is still being served")
         requests.close()
+
+
+def test_a_daemon_that_asks_without_end_does_not_hold_the_thread() -> None:
+    ours, theirs = socket.socketpair()
+    message = encode_message(BackendRequest.CONFIG_CHANGE_MSG)
+    with theirs:
+        ours.setblocking(False)
+
+        def answer(_: Message) -> bytes:
+            theirs.sendall(message)
+            return b""
+
+        requests = LentRequests(ours, answer)
+        theirs.sendall(message)
+        answered_within(5.0, requests.serve)
+        assert not requests.ended
+        requests.close()

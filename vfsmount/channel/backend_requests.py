@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: Messages after which a thread looks at what else there is to do, the end above all. One set-up
+#: asks for few, and 32 of them are on their way at most.
+_AT_ONCE: Final = 1024
+
 #: Serves one kind of request: given the payload and the descriptors, it returns 0 or a positive
 #: errno. Descriptors that it keeps or closes it takes out of the list; what is left is closed
 #: without waiting (``discard``). It runs in the event loop, or in the thread that the queues are
@@ -204,7 +208,9 @@ class LentRequests:
         Raises:
             ProtocolViolation: What came is not a vhost-user request.
         """
-        while not self.ended:
+        for _ in range(_AT_ONCE):
+            if self.ended:
+                return
             try:
                 message = receive_now(self._socket)
                 self.ended = message is None or not self._serve_one(message)
