@@ -201,8 +201,8 @@ async def test_failures_are_answered_as_negated_errnos() -> None:
 @pytest.mark.needs_fuse
 async def test_refused_descriptors_are_closed_without_waiting(tmp_path: Path) -> None:
     """To close a file of a FUSE mount means a FLUSH there, which nobody may answer."""
-    ours, theirs = socket.socketpair()
-    with silent_file(tmp_path / "mnt") as fd, theirs:
+    with silent_file(tmp_path / "mnt") as fd:
+        ours, theirs = socket.socketpair()
         server = BackendRequestServer(
             MessageSocket(trio.socket.from_stdlib_socket(ours)),
             Negotiated(),
@@ -213,6 +213,7 @@ async def test_refused_descriptors_are_closed_without_waiting(tmp_path: Path) ->
         message = Message(header, encoded[HEADER.size :], [os.dup(fd)])
         assert answered_within(5.0, lambda: server.answer(message))
         server.close()
+        theirs.close()
 
 
 async def test_no_answer_unless_asked_for() -> None:

@@ -22,9 +22,9 @@ def threads() -> int:
 
 
 def test_few_threads_wait_and_all_is_closed_in_the_end(tmp_path: Path) -> None:
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
     with silent_file(tmp_path / "mnt") as fd:
+        reading, writing = os.pipe()
+        os.set_blocking(reading, False)
         for _ in range(3 * closer.THREADS):
             answered_within(5.0, partial(closer.discard, [os.dup(fd)]))
         closer.discard([writing])

@@ -198,12 +198,12 @@ def test_descriptors_of_a_file_system_that_does_not_answer(
     share: Share, tmp_path_factory: pytest.TempPathFactory, expect_log: Callable[[str], None]
 ) -> None:
     """They are refused without a question, and closed aside, by few threads."""
-    expect_log("refused SET_MEM_TABLE")
-    expect_log("refused SET_VRING_ERR")
     with (
         silent_file(tmp_path_factory.mktemp("silent") / "mnt") as fd,
         connected(share) as frontend,
     ):
+        expect_log("refused SET_MEM_TABLE")
+        expect_log("refused SET_VRING_ERR")
         frontend.handshake()
         frontend.init()
         memory = MemoryTable((frontend.region,))
