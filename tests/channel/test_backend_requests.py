@@ -233,6 +233,17 @@ async def test_handlers_reach_the_server(expect_log: Callable[[str], None]) -> N
             assert await ask(device, BackendRequest.SHMEM_MAP, MAP) == REFUSED
 
 
+async def test_refusals_are_told_once(
+    expect_log: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    expect_log("refused the daemon's SHMEM_MAP")
+    device = FakeDevice()
+    async with asked(device):
+        for _ in range(3):
+            assert await ask(device, BackendRequest.SHMEM_MAP, MAP) == REFUSED
+    assert caplog.text.count("refused the daemon's") == 1
+
+
 def test_a_daemon_that_reads_no_answer_is_not_served_any_more() -> None:
     """An answer that is dropped in silence would have the daemon wait for ever."""
     ours, theirs = socket.socketpair()

@@ -88,6 +88,7 @@ class BackendRequestServer:
         self._negotiated = negotiated
         self._handlers = handlers
         self._older = older or {}
+        self._refused: set[BackendRequest] = set()
         self._at_home = trio.Event()
         self._at_home.set()
         self._idle = trio.CancelScope()
@@ -175,11 +176,17 @@ class BackendRequestServer:
         request = BackendRequest(number)
         handler = self._handlers.get(request)
         if missing or handler is None:
-            log.warning("refused the daemon's %s: %s", request.name, missing or "not supported")
+            self._note_refusal(request, missing)
             return errno.EOPNOTSUPP
         record = decode_payload(request, message.payload)
         check_fds(request, record, len(message.fds))
         return handler(record, message.fds)
+
+    def _note_refusal(self, request: BackendRequest, missing: list[str]) -> None:
+        """Log a refusal: the first of each kind as a warning, for a daemon may ask very often."""
+        level = logging.DEBUG if request in self._refused else logging.WARNING
+        self._refused.add(request)
+        log.log(level, "refused the daemon's %s: %s", request.name, missing or "not supported")
 
 
 class LentRequests:
