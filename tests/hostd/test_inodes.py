@@ -99,6 +99,22 @@ def test_only_so_many_stay_open(table: InodeTable, folder: Path) -> None:
     assert held(table) == LIMIT
 
 
+def test_the_root_stays_whoever_has_listed_it(table: InodeTable, folder: Path) -> None:
+    names = [str(number) for number in range(2 * LIMIT)]
+    make(folder, *names)
+    root = table.get(ROOT)
+    table.pin(root)
+    table.unpin(root)
+    look_up(table, *names)
+    root.recent = False
+    table.trim()
+    table.check_invariants()
+    assert is_held(table, ROOT)
+    table.clear()
+    assert [inode.nodeid for inode in table.open_nodes()] == [ROOT]
+    look_up(table, *names)
+
+
 def test_the_most_recent_stay(table: InodeTable, folder: Path) -> None:
     names = ["a", "b", "c", "d", "e"]
     make(folder, *names)

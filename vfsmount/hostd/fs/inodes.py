@@ -246,8 +246,7 @@ class InodeTable:
         inode = Inode(nodeid, fd, key, stat.S_IFMT(attributes.st_mode))
         self._open[nodeid] = inode
         self._by_key[key] = nodeid
-        if nodeid != ROOT_ID:
-            self._rest(inode)
+        self._rest(inode)
         return inode
 
     # --- keeping nodes without descriptors -------------------------------------------------------
@@ -295,9 +294,10 @@ class InodeTable:
             self._rest(inode)
 
     def _rest(self, inode: Inode) -> None:
-        """Let the clock's hand come by a node."""
-        inode.clocked = True
-        self._clock.append(inode)
+        """Let the clock's hand come by a node; the root stays open."""
+        if inode.nodeid != ROOT_ID:
+            inode.clocked = True
+            self._clock.append(inode)
 
     def trim(self) -> None:
         """Close nodes beyond the limit; to be called between requests."""
@@ -380,8 +380,10 @@ class InodeTable:
 
     def check_invariants(self) -> None:
         """Assert what the class promises."""
+        assert ROOT_ID in self._open
         assert set(self._by_key.values()) <= self._open.keys() | self._records.keys()
         clock = [id(inode) for inode in self._clock if inode.fd >= 0]
+        assert all(inode.nodeid != ROOT_ID for inode in self._clock)
         assert len(clock) == len(set(clock))
         for inode in self._open.values():
             assert inode.fd >= 0
