@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tests.hostd.frontend import Disconnected, Frontend
 from tests.hostd.guest import ROOT
-from tests.support.daemons import start_daemon
+from tests.support.daemons import OUR_FAULT, start_daemon
 from tests.support.errors import error_name
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["CANARY", "Prey", "outcome", "prey_in"]
 
 CANARY = b"untouched"
-#: What the log never holds, whatever guests do.
-OUR_FAULT = ("Traceback", "internal error", " failed\n")
 
 
 class Prey:

@@ -60,6 +60,9 @@ ACCEPTING = 0x10000
 # Sockets, pipes and the like ("socket:[1]") have no slash.
 NO_FILES = ("/memfd:", "/dev/", "socket:", "pipe:", "anon_inode:")
 
+# What the bundled daemon's log never holds, whatever guests do.
+OUR_FAULT = ("Traceback", "internal error", " failed\n")
+
 # The C daemon's and our words for the cache mode, in the Rust daemon's words.
 RUST_CACHE = {"none": "never", "auto": "auto", "always": "always"}
 
@@ -221,7 +224,8 @@ def start_daemon(
         The daemon, listening.
 
     Raises:
-        AssertionError: it does not come up; the text has what it printed.
+        AssertionError: it does not come up, or, the bundled one, has met a fault of its own; the
+            text has what it printed.
     """
     require_daemon(kind)
     # Not under pytest's tmp_path: a socket's path has 107 bytes at most.
@@ -240,7 +244,9 @@ def start_daemon(
     finally:
         daemon.kill()  # which ends it even when it is stopped, and its parent after it
         daemon.wait()
+        said = daemon.stderr if kind == "bundled" else ""
         shutil.rmtree(home, ignore_errors=True)
+        assert not any(words in said for words in OUR_FAULT), said
         (C_LOCK_FOLDER / f"{str(socket).replace('/', '.')}.pid").unlink(missing_ok=True)
 
 
