@@ -151,10 +151,9 @@ class Process:
 
 def first_to_answer(*processes: Process) -> Process:
     """Wait until one of several calls has come to an end; return whose it was."""
-    by_pipe = {process.answers: process for process in processes}
-    ended = select.select(list(by_pipe), [], [], DEADLINE)[0]
-    assert ended, "no answer"
-    return by_pipe[ended[0]]
+    # Not by select: the answer may have been read together with the line before.
+    wait_until(lambda: any(process.ready() for process in processes), DEADLINE, "an answer")
+    return next(process for process in processes if process.ready())
 
 
 class Sides(NamedTuple):
