@@ -24,15 +24,16 @@ BELOW = {"wire", "errors", "channel", "cache", "dax_shm"}
 #: Room -> rooms that it may import; each may import itself. "" is ``vfsmount/__init__.py``.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "closer": set(),
     "wire": {"errors"},
-    "channel": {"wire", "errors"},
+    "channel": {"wire", "closer", "errors"},
     "cache": {"wire", "errors"},
     "dax_shm": {"wire", "errors"},
     "client": BELOW | {""},
     "client.relay": BELOW | {"client"},
     "client.pyfuse": BELOW | {"client"},
     "client.mount": BELOW | {"client", "client.relay", "client.pyfuse", ""},
-    "hostd": {"wire", "errors"},
+    "hostd": {"wire", "closer", "errors"},
     "testing": {"wire", "errors", "channel", "hostd"},
     "cli": {"client", "client.mount", "hostd", "errors", ""},
     "__main__": {"cli"},

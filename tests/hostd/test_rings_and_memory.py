@@ -23,7 +23,7 @@ from tests.hostd.frontend import (
 from tests.hostd.guest import ROOT
 from tests.support.silent_fuse import silent_file
 from tests.support.wait import wait_until
-from vfsmount.hostd import closer
+from vfsmount import closer
 from vfsmount.hostd.fs.share import Share, ShareOptions
 from vfsmount.hostd.memory import MAX_MEM_SLOTS
 from vfsmount.wire import fuse

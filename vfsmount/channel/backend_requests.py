@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeAlias
 
 import trio
 
-from vfsmount.channel.closer import discard
 from vfsmount.channel.socket import Message, MessageSocket, receive_now
+from vfsmount.closer import discard
 from vfsmount.errors import ProtocolViolation, WireError
 from vfsmount.wire.vhost_user import (
     BACKEND_MESSAGES,

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import trio
 
-from vfsmount.channel.closer import discard
 from vfsmount.channel.negotiation import ack_protocol_features, ack_virtio_features
 from vfsmount.channel.trace import trace_message
+from vfsmount.closer import discard
 from vfsmount.errors import (
     ChannelBroken,
     FeatureMissing,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
-from vfsmount.channel.closer import discard
+from vfsmount.closer import discard
 from vfsmount.errors import ConnectError, WireError
 from vfsmount.wire.vhost_user import HEADER, MAX_FDS, Header, decode_header
 

@@ -9,7 +9,7 @@ wait. So it is first found out whose file it is, from what the kernel knows by i
   may have a mount namespace of its own. What is found by neither has to have a block device.
 
 File systems of other types than ``PROMPT`` are refused: their files go by message, and the daemon
-alone waits. A refused descriptor is for others to close (``channel.closer``).
+alone waits. A refused descriptor is for others to close (``closer``).
 """
 
 from __future__ import annotations

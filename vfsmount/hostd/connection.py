@@ -27,11 +27,11 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+from vfsmount.closer import discard
 from vfsmount.errors import WireError
 from vfsmount.hostd.aside import Aside
 from vfsmount.hostd.backend import Backend
 from vfsmount.hostd.barrier import RECHECK
-from vfsmount.hostd.closer import discard
 from vfsmount.hostd.faults import GuestFault, Refused, RingFault
 from vfsmount.hostd.fs.call import Deferred
 from vfsmount.hostd.fs.dispatch import FuseServer

@@ -11,7 +11,7 @@ import array
 import socket
 from typing import TYPE_CHECKING, NamedTuple
 
-from vfsmount.hostd.closer import discard
+from vfsmount.closer import discard
 from vfsmount.hostd.faults import GuestFault
 from vfsmount.hostd.syscalls import close_quietly
 from vfsmount.wire.vhost_user import HEADER, MAX_FDS, decode_header, encode_header

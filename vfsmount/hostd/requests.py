@@ -14,8 +14,8 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Final
 
+from vfsmount.closer import discard
 from vfsmount.errors import VfsmountError
-from vfsmount.hostd.closer import discard
 from vfsmount.hostd.faults import Refused
 from vfsmount.hostd.messages import receive
 from vfsmount.wire.vhost_user import decode_reply, encode_message

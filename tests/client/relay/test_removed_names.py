@@ -28,7 +28,7 @@ from vfsmount.wire.vhost_user import VirtioFeature
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.client.relay.fake_kernel import Reply
+    from tests.client.relay.fake_kernel import Reply, Stage
 
 PLAIN_FEATURES = int(VirtioFeature.VERSION_1 | VirtioFeature.PROTOCOL_FEATURES)
 PATIENCE = 5.0
@@ -140,15 +140,20 @@ async def test_a_full_ring_has_room_for_it(features: int) -> None:
     assert all(reply.body == PLUS for reply in received)
 
 
+async def asked_and_killed(stage: Stage, folder: Folder) -> DeviceRequest:
+    """The request of a caller that was killed while the daemon had it."""
+    unique = stage.send(Opcode.READDIRPLUS, FOLDER, ASK)
+    (kept,) = await folder.wait_kept(1)
+    stage.interrupt(unique)
+    assert (await stage.receive()).errno == errno.EINTR
+    return kept
+
+
 async def test_a_caller_that_is_gone_is_asked_for_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vfsmount.client.relay.interrupts.is_being_killed", lambda _: True)
     folder = Folder(Opcode.READDIRPLUS)
     async with on_stage(folder) as stage:
-        unique = stage.send(Opcode.READDIRPLUS, FOLDER, ASK)
-        (kept,) = await folder.wait_kept(1)
-        stage.interrupt(unique)
-        assert (await stage.receive()).errno == errno.EINTR
-        folder.answer(kept)
+        folder.answer(await asked_and_killed(stage, folder))
         await stage.call(Opcode.ACCESS, 1, bytes(8))
 
     assert folder.opcodes() == [Opcode.READDIRPLUS]
@@ -160,11 +165,7 @@ async def test_a_caller_that_is_killed_in_between_need_not_wait(
     monkeypatch.setattr("vfsmount.client.relay.interrupts.is_being_killed", lambda _: True)
     folder = Folder(Opcode.READDIR)
     async with on_stage(folder) as stage:
-        unique = stage.send(Opcode.READDIRPLUS, FOLDER, ASK)
-        (kept,) = await folder.wait_kept(1)
-        stage.interrupt(unique)
-        assert (await stage.receive()).errno == errno.EINTR
-        folder.answer(kept)
+        folder.answer(await asked_and_killed(stage, folder))
         await stage.nothing_comes()
 
 

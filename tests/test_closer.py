@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.silent_fuse import answered_within, silent_file
 from tests.support.wait import wait_until
-from vfsmount.channel import closer
+from vfsmount import closer
 
 if TYPE_CHECKING:
     from pathlib import Path

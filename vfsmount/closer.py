@@ -1,9 +1,10 @@
-"""Descriptors that the daemon has sent and nobody wants, closed without waiting for that.
+"""Descriptors from the other side that nobody wants, closed without waiting for that.
 
-close(2) asks the file's file system, and one in userspace need not answer (FUSE_FLUSH); nothing
-ends that wait but its end. So threads wait, THREADS at most. What comes while all of them do stays
-open. A daemon that sends such without end is found out when there is no descriptor left for the
-next: that message lacks what belongs to it.
+close(2) asks the file's file system, and one in userspace, the sender's own perhaps, need not
+answer (FUSE_FLUSH); nothing ends that wait but its end. So threads wait, THREADS at most in a
+process. What comes while all of them do stays open until there is a thread again. Who sends such
+without end is found out when there is no descriptor left for the next: that message lacks what
+belongs to it.
 """
 
 from __future__ import annotations
