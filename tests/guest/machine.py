@@ -161,8 +161,8 @@ def _command(initramfs: Path, socket: Path, queues: int, control: Path) -> list[
     command += ["-chardev", f"socket,id=share,path={socket}", "-device"]
     command += [f"vhost-user-fs-pci,chardev=share,tag=share,num-request-queues={queues}"]
     command += ["-kernel", str(KERNEL), "-initrd", str(initramfs), "-serial", "stdio"]
-    # A kernel that panics ends the machine at once.
-    command += ["-append", "console=ttyS0 quiet panic=-1", "-no-reboot"]
+    # A kernel that panics halts, and is killed at the deadline.
+    command += ["-append", "console=ttyS0 quiet"]
     return [*command, "-qmp", f"unix:{control},server=on,wait=off"]
 
 

@@ -187,16 +187,17 @@ def test_shared_mappings_are_one_memory(here: list[Path]) -> None:
 
 
 COUNT = """
-import mmap, os, struct, sys
+import mmap, os, sys
 fd = os.open(sys.argv[1], os.O_RDWR)
-turns = mmap.mmap(fd, 4096)
+# Loaded and stored as a whole: of two bytes, 0x6ff and 0x700 may look like 0x7ff.
+turns = memoryview(mmap.mmap(fd, 4096)).cast("I")
 mine, end = int(sys.argv[2]), 2000
 while True:
-    now = turns[0] | turns[1] << 8
+    now = turns[0]
     if now >= end:
         break
     if now % 2 == mine:
-        struct.pack_into("<H", turns, 0, now + 1)
+        turns[0] = now + 1
     else:
         os.sched_yield()
 """
@@ -206,13 +207,15 @@ def test_two_processes_count_through_two_mounts(shared: Shared, here: list[Path]
     """Each adds one when it sees what the other has stored. No call, no lock, no message."""
     host, path, other = here
     (host / "turns").write_bytes(bytes(4096))
-    counters = []
     before = [messages(mount) for mount in shared.mounts]
-    for mine, name in enumerate((path, other)):
-        command = [sys.executable, "-c", COUNT, str(name / "turns"), str(mine)]
-        counters.append(subprocess.Popen(command, cwd=REPOSITORY))
-    assert [process.wait(60) for process in counters] == [0, 0]
-    assert (host / "turns").read_bytes()[:2] == struct.pack("<H", 2000)
+    with ExitStack() as stack:
+        counters = []
+        for mine, name in enumerate((path, other)):
+            command = [sys.executable, "-c", COUNT, str(name / "turns"), str(mine)]
+            counters.append(stack.enter_context(subprocess.Popen(command, cwd=REPOSITORY)))
+            stack.callback(counters[-1].kill)
+        assert [process.wait(60) for process in counters] == [0, 0]
+    assert (host / "turns").read_bytes()[:4] == struct.pack("=I", 2000)
     for mount, earlier in zip(shared.mounts, before, strict=True):
         sent = messages(mount) - earlier
         assert sum(sent[name] for name in DATA) == 0
