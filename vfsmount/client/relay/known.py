@@ -26,6 +26,7 @@ _XATTR_NAME_AT: Final = _IN + fuse.GETXATTR_IN.size
 _PUT_U32: Final = struct.Struct("<I").pack_into
 _U32: Final = struct.Struct("<I").unpack_from
 _U64: Final = struct.Struct("<Q").unpack_from
+_PUT_VALID: Final = struct.Struct("<QI").pack_into
 _OPCODE_AT: Final = 4
 _FORGET_ONE: Final = struct.Struct("<QQ").unpack_from
 
@@ -57,10 +58,16 @@ class KnownRules:
 
     def getattr(self, slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
         """GETATTR: what an open has just found out answers it."""
-        body = self._opens.take_parked(nodeid)
-        if body is None:
+        parked = self._opens.take_parked(nodeid)
+        if parked is None:
             return False
-        self._kernel.answer_body(slot.answers, body)
+        body, left = parked
+        at, end = slot.small, slot.small + len(body)
+        self._map[at:end] = body
+        if slot.route.rewrite is not None:
+            slot.route.rewrite(self._map, at, len(body), nodeid, slot.at)
+        _PUT_VALID(self._map, at, *divmod(left, 1_000_000_000))
+        self._kernel.answer_body(slot.answers, self._map[at:end])
         return True
 
     def getxattr(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:

@@ -37,6 +37,7 @@ from vfsmount.channel.inflight import DONE, POSTED, Pending
 from vfsmount.channel.rings import PollBudget
 from vfsmount.client.relay.caretaker import Caretaker
 from vfsmount.client.relay.kernel import ENDED
+from vfsmount.client.relay.questions import Question
 from vfsmount.client.relay.rewrite import TookPart
 from vfsmount.client.relay.rooms import room_for_reply
 from vfsmount.client.relay.route import SendAgain
@@ -362,7 +363,8 @@ class Loop:
         if slot.state != DONE:
             self._settle(slot)
             return
-        self._opens.put_back(slot)
+        if slot.check is not None and slot.check.reply:
+            self._opens.put_back(slot, slot.check)
         self._answers.answer(slot)
         slot.check = None
         slot.answers = 0
@@ -380,6 +382,11 @@ class Loop:
 
     def _finish_own(self, pending: Pending) -> None:
         """A request of our own is through; a write or an open may have waited for it."""
+        if type(pending) is Question:
+            ready = self._opens.answered(pending)
+            if ready is not None:
+                self._finish(ready)
+            return
         opened = self._opens.learned(pending)
         self._loan.arena.free(pending.block)
         for slot in opened:

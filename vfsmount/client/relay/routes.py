@@ -69,8 +69,9 @@ def _plain_routes(parts: Parts) -> list[Route]:
         routes[opcode].room = room
     for opcode, size_at in named_rooms().items():
         routes[opcode].size_at = size_at
-    for opcode in CHANGES if parts.policy.revalidate else ():
-        routes[opcode].changes = True
+    if parts.policy.revalidate:
+        for opcode in (*CHANGES, Opcode.READ):  # which changes the time of the last access
+            routes[opcode].changes = True
     for opcode, rewriter in _rewriters(parts).items():
         routes[opcode].rewrite = rewriter
     return routes
