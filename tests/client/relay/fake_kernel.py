@@ -78,9 +78,9 @@ class Stage:
         assert header.len == len(data)
         return Reply(header.unique, -header.error, data[fuse.OUT_HEADER.size :])
 
-    async def call(self, opcode: int, nodeid: int = 1, body: bytes = b"") -> Reply:
+    async def call(self, opcode: int, nodeid: int = 1, body: bytes = b"", pid: int = 0) -> Reply:
         """Send a request and wait for its reply."""
-        unique = self.send(opcode, nodeid, body)
+        unique = self.send(opcode, nodeid, body, pid)
         reply = await self.receive()
         assert reply.unique == unique
         return reply

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.client.relay.listings import OFFSET_AT, SIZE_AT, room_for_names
 from vfsmount.client.relay.route import Route, SendAgain
+from vfsmount.client.relay.walkers import WalkerRules
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import Opcode
 
@@ -41,6 +42,8 @@ class KnownRules:
         self._forget = parts.forget
         self._xattrs = parts.memory.xattrs
         self._names = parts.memory.names
+        self._walkers = WalkerRules(parts)
+        self._sentinels = parts.memory.walkers.sentinels
         self._names_alone = Route(is_known=True)
         self._names_alone.names_alone = True
 
@@ -56,9 +59,10 @@ class KnownRules:
             self._forget(*_FORGET_ONE(self._map, start + 16 * number))
         return True
 
-    def getattr(self, slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
-        """GETATTR: what an open has just found out answers it."""
-        parked = self._opens.take_parked(nodeid)
+    def getattr(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
+        """GETATTR: what an open or a listing has just found out answers it."""
+        found = self._walkers.asked(at, nodeid) if nodeid in self._sentinels else None
+        parked = self._opens.take_parked(nodeid) or found
         if parked is None:
             return False
         body, left = parked
@@ -95,10 +99,10 @@ class KnownRules:
         if _U64(self._map, at + OFFSET_AT)[0]:
             return False
         now = monotonic()
-        if not self._names.is_known(nodeid, now):
+        if self._names.is_known(nodeid, now) or self._walkers.begins(slot, at, nodeid, now):
+            self._ask_for_names(slot, at)
+        else:
             self._names.listed(nodeid, now)
-            return False
-        self._ask_for_names(slot, at)
         return False
 
     def list_failed(self, slot: Slot, number: int) -> bool:

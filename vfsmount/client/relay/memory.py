@@ -11,6 +11,8 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.cache.known_names import KnownNames
+from vfsmount.cache.policy import FOREVER
+from vfsmount.cache.walkers import Walkers
 from vfsmount.cache.xattrs import AbsentXattrs
 from vfsmount.client.relay.unwritten import Unwritten
 from vfsmount.wire import fuse
@@ -39,6 +41,7 @@ class Memory:
         modes: Files with set-id bits.
         xattrs: Extended attributes that files do not have.
         names: Directories of which the kernel knows the names.
+        walkers: Who lists and looks at nothing.
         unwritten: Of the pages that the kernel keeps for a while; None without its write-back.
         wrote: Handles that wrote since their last FLUSH.
         locked: Nodes that the daemon may have POSIX locks on; a FLUSH gives its owner's up. With
@@ -52,6 +55,8 @@ class Memory:
         # Where listings are kept by the kernel, it asks for none that it has.
         valid = min(policy.entry_timeout, policy.attr_timeout) if policy.revalidate else 0.0
         self.names = KnownNames(valid)
+        # Where it keeps names for ever, it is to have them: a walk is paid once.
+        self.walkers = Walkers(valid if valid < FOREVER else 0.0)
         self.unwritten = Unwritten() if policy.writeback else None
         self.wrote: set[int] = set()
         self.locked: dict[int, set[int]] = {}
@@ -61,6 +66,7 @@ class Memory:
         self.xattrs.forget(nodeid)
         self.modes.drop(nodeid)
         self.names.clear()
+        self.walkers.forget(nodeid)
         if self.unwritten is not None:
             self.unwritten.forget(nodeid)
 

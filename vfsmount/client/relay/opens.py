@@ -146,6 +146,10 @@ class OpenChecks:
         """It is through."""
         self._ended += 1
 
+    def version(self) -> int:
+        """Return how many changes have begun, or -1 while some are on their way."""
+        return self._begun if self._begun == self._ended else -1
+
     # --- opens ---
 
     def begin(self, slot: Slot) -> None:

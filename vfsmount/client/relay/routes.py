@@ -2,7 +2,7 @@
 
 What is not in the tables here is handed on as it stands. The functions are in files by subject:
 
-    known        what is remembered, and forgotten: attributes, listings, FORGET
+    known        what is remembered, and forgotten: attributes, listings, FORGET; with walkers
     handles      OPEN, CREATE, FLUSH, RELEASE; and the same where files are passed through
     writes       what writes
     writeback    what is different below the kernel's write-back
@@ -158,5 +158,6 @@ def _rewriters(parts: Parts) -> dict[int, Rewriter]:
         parts.opens.fresh,
         memory.names if policy.revalidate else None,
         memory.unwritten,
+        memory.walkers,
         no_flush=terms.quiet_flush and not terms.keeps_locks,
     )
