@@ -10,6 +10,7 @@ import io
 import os
 import select
 import struct
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.wire import fuse
@@ -59,14 +60,11 @@ class KernelPort:
     def answer(self, unique: int, number: int = 0) -> None:
         """Answer a request with a positive errno, or with 0 and no body."""
         _PUT_OUT_HEADER(self._header, 0, _OUT, -number, unique)
-        try:  # contextlib.suppress takes 0.25 us
+        # ENOENT: nobody waits any more; ENODEV: the read that comes next will tell.
+        with suppress(OSError):
             self.write(self._header)
-        except OSError:
-            return  # ENOENT: nobody waits any more; ENODEV: the read that comes next will tell
 
     def answer_body(self, unique: int, body: bytes) -> None:
         """Answer a request with a body of our own."""
-        try:
+        with suppress(OSError):  # as above
             self.write(fuse.OUT_HEADER.values(_OUT + len(body), 0, unique) + body)
-        except OSError:
-            return  # as above
