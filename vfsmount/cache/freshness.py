@@ -48,6 +48,12 @@ class Verdict(NamedTuple):
 
 
 NOTHING_KNOWN: Final = Verdict(keep_pages=False, keep_attributes=False, replaced=False)
+#: By both questions; to make one takes longer than to find it.
+_VERDICTS: Final = {
+    (pages, attributes): Verdict(pages, attributes, replaced=False)
+    for pages in (False, True)
+    for attributes in (False, True)
+}
 
 
 def signature_of(attr: fuse.Attr) -> bytes:
@@ -59,6 +65,11 @@ def _essence(raw: bytes) -> tuple[int, ...]:
     """Size, mtime, ctime; atime, blocks and mode apart."""
     fields: tuple[int, ...] = _FIELDS.unpack(raw)
     return fields[:-1]
+
+
+def _is_same(before: bytes | None, now: bytes) -> bool:
+    """Whether two signatures tell of the same contents; no signature tells of nothing."""
+    return before is not None and (before == now or _essence(before) == _essence(now))
 
 
 def _give_up(memory: dict[int, bytes]) -> None:
@@ -95,8 +106,7 @@ class Freshness:
 
     def is_given(self, nodeid: int, raw: bytes) -> bool:
         """Whether the file is as the attributes say that the kernel was told last."""
-        given = self._given.get(nodeid)
-        return given is not None and _essence(given) == _essence(raw)
+        return _is_same(self._given.get(nodeid), raw)
 
     def open(self, nodeid: int, raw: bytes | None) -> Verdict:
         """Judge an open by the attributes that the daemon has just given, None when it did not.
@@ -110,16 +120,11 @@ class Freshness:
         if not _NLINK.unpack(raw)[0] and nodeid not in self._stale:
             self._stale.add(nodeid)
             return Verdict(keep_pages=False, keep_attributes=False, replaced=True)
-        now = _essence(raw)
         before, given = self._opened.pop(nodeid, None), self._given.get(nodeid)
         self._opened[nodeid] = raw
         if len(self._opened) > self._limit:
             _give_up(self._opened)
-        return Verdict(
-            keep_pages=before is not None and _essence(before) == now,
-            keep_attributes=given is not None and _essence(given) == now,
-            replaced=False,
-        )
+        return _VERDICTS[_is_same(before, raw), _is_same(given, raw)]
 
     def changed(self, nodeid: int) -> None:
         """The contents change in a way that no page of the kernel has seen."""

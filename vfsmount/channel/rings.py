@@ -156,6 +156,11 @@ class DriverQueue:
 
     # --- submitting ---
 
+    def next_unique(self) -> int:
+        """Return the identifier for a request that is to lie in shared memory already."""
+        self._unique += 2
+        return self._unique
+
     def submit(self, pending: Pending, *, kick: bool = True) -> bool:
         """Write a FUSE request, make it available and kick; return False when there is no room.
 

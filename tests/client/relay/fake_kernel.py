@@ -59,12 +59,10 @@ class Stage:
         self._sock = sock
         self._unique = 0
 
-    def send(
-        self, opcode: int, nodeid: int = 1, body: bytes = b"", pid: int = 0, uid: int = 0
-    ) -> int:
+    def send(self, opcode: int, nodeid: int = 1, body: bytes = b"", pid: int = 0) -> int:
         """Send a request; returns its unique."""
         self._unique += 2
-        self._sock.send(fuse.encode_request(opcode, self._unique, nodeid, body, pid=pid, uid=uid))
+        self._sock.send(fuse.encode_request(opcode, self._unique, nodeid, body, pid=pid))
         return self._unique
 
     def interrupt(self, unique: int) -> None:
@@ -80,9 +78,9 @@ class Stage:
         assert header.len == len(data)
         return Reply(header.unique, -header.error, data[fuse.OUT_HEADER.size :])
 
-    async def call(self, opcode: int, nodeid: int = 1, body: bytes = b"") -> Reply:
+    async def call(self, opcode: int, nodeid: int = 1, body: bytes = b"", pid: int = 0) -> Reply:
         """Send a request and wait for its reply."""
-        unique = self.send(opcode, nodeid, body)
+        unique = self.send(opcode, nodeid, body, pid)
         reply = await self.receive()
         assert reply.unique == unique
         return reply

@@ -88,6 +88,53 @@ async def test_a_reply_that_waits_is_answered_as_it_came() -> None:
         assert (reply.unique, fuse.OPEN_OUT.unpack(reply.body).fh) == (unique, 3)
 
 
+@pytest.fixture
+def _no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an open has found may answer the kernel's question however late that comes."""
+    monkeypatch.setattr("vfsmount.client.relay.opens._PARKED_NS", 10**12)
+
+
+@pytest.mark.usefixtures("_no_hurry")
+async def test_what_is_asked_right_after_an_open_is_known() -> None:
+    """fstat(2) asks, though nothing has changed: a READ has made the time of access unknown."""
+    host = Host()
+    async with on_stage(host) as stage:
+        told = await stage.call(Opcode.GETATTR, NODE, bytes(16))
+        await open_file(stage)
+        await stage.call(Opcode.READ, NODE, fuse.READ_IN.values(3, 0, 5, 0, 0, 0))
+        await open_file(stage)
+        host.seen.clear()
+        again = await stage.call(Opcode.GETATTR, NODE, bytes(16))
+        assert host.seen == []
+        before, now = (fuse.ATTR_OUT.unpack(reply.body) for reply in (told, again))
+        assert now.attr == before.attr
+        assert (now.attr_valid, bool(now.attr_valid_nsec)) == (0, True)
+        await stage.call(Opcode.GETATTR, NODE, bytes(16))
+        assert host.seen == [Opcode.GETATTR]
+
+
+@pytest.mark.usefixtures("_no_hurry")
+async def test_a_read_after_the_open_makes_the_kernel_ask_the_daemon() -> None:
+    host = Host()
+    async with on_stage(host) as stage:
+        await open_file(stage)
+        await stage.call(Opcode.READ, NODE, fuse.READ_IN.values(3, 0, 5, 0, 0, 0))
+        host.seen.clear()
+        await stage.call(Opcode.GETATTR, NODE, bytes(16))
+        assert host.seen == [Opcode.GETATTR]
+
+
+async def test_what_is_asked_later_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vfsmount.client.relay.opens._PARKED_NS", 0)
+    host = Host()
+    async with on_stage(host) as stage:
+        await open_file(stage)
+        host.seen.clear()
+        await stage.call(Opcode.GETATTR, NODE, bytes(16))
+        assert host.seen == [Opcode.GETATTR]
+
+
+@pytest.mark.usefixtures("_no_hurry")
 async def test_what_changed_is_told_once() -> None:
     """The kernel's question that follows is answered from what the open has found."""
     host = Host()
@@ -104,6 +151,7 @@ async def test_what_changed_is_told_once() -> None:
         assert await open_file(stage) == (False, OpenOutFlag.KEEP_CACHE)
 
 
+@pytest.mark.usefixtures("_no_hurry")
 async def test_a_change_of_ours_makes_the_kernel_ask_the_daemon() -> None:
     host = Host()
     async with on_stage(host) as stage:
@@ -115,6 +163,7 @@ async def test_a_change_of_ours_makes_the_kernel_ask_the_daemon() -> None:
         assert host.seen == [Opcode.GETATTR]
 
 
+@pytest.mark.usefixtures("_no_hurry")
 async def test_a_change_on_its_way_parks_nothing() -> None:
     host = Host()
     host.keep = {int(Opcode.WRITE)}

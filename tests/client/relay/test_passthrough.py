@@ -8,6 +8,7 @@ import stat
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,34 @@ def test_attributes_are_right_after_writes(here: list[Path]) -> None:
             mine, real = os.fstat(handle.fileno()), (host / "file").stat()
             assert (mine.st_size, mine.st_mtime_ns) == (size, real.st_mtime_ns)
             assert mine.st_blocks == real.st_blocks
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_attributes_are_right_after_a_listing(here: list[Path], before: bool) -> None:
+    """A listing has one file of which the relay keeps attributes: not when others change them."""
+    host, path, _ = here
+    names = [f"file-{number}" for number in range(10)]
+    for name in names:
+        (host / name).touch()
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def write_and_look() -> list[int]:
+        with ExitStack() as stack:
+            files = []
+            for is_listing in (before, not before):
+                if is_listing:
+                    assert sorted(os.listdir(folder)) == names
+                else:
+                    files = [stack.enter_context((path / name).open("r+b", 0)) for name in names]
+            for file in files:
+                file.write(b"12345")
+        return [os.stat(name, dir_fd=folder).st_size for name in names]
+
+    try:
+        with ThreadPoolExecutor(1) as pool:  # a thread that has not listed anything yet
+            assert pool.submit(write_and_look).result() == [5] * 10
+    finally:
+        os.close(folder)
 
 
 def test_append_truncate_and_holes(here: list[Path]) -> None:

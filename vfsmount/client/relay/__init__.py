@@ -6,15 +6,15 @@ The way of a request, and back:
     kernel, device      the two ends
     slots, rooms        where messages lie, and how much room they get
     routes, route       the table: what is done with which opcode, and by which function in
-    known, handles,     ... requests that are answered, changed, held or noted on the way
-    writes, set_id,
+    known, walkers,     ... requests that are answered, changed or noted on the way
+    handles, writes,
     writeback, locks
     answers             replies
     rewrite, listings   what is changed in them
 
 What some requests wait for, and what is left of them:
 
-    opens               what goes with an OPEN: the check in mode ``auto``, and
+    opens, questions    what goes with an OPEN: the check in mode ``auto``, and
     passthrough         which files the kernel reads and writes by itself: the decision,
     passed_nodes        ... who does so,
     set_ups, backing    ... and what the daemon and the kernel are asked for that

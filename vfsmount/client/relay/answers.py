@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vfsmount.channel.loan import Loan
     from vfsmount.client.relay.kernel import KernelPort
     from vfsmount.client.relay.late import LateReplies
-    from vfsmount.client.relay.opens import OpenChecks
+    from vfsmount.client.relay.opens import OpenCheck, OpenChecks
     from vfsmount.client.relay.slots import Slot
 
 __all__ = ["Answers"]
@@ -116,7 +116,7 @@ class Answers:
             except FailsHere as failure:
                 self.fail(slot, failure.errno)
                 return
-        if slot.check is not None and not self._may_open(slot):
+        if slot.check is not None and not self._may_open(slot, slot.check):
             return
         if route.names_alone:
             self._kernel.answer_body(slot.answers, names_as_plus(self._map, at, length))
@@ -155,19 +155,19 @@ class Answers:
         if self._is_traced:
             trace_request(slot, now - slot.started_ns)
 
-    def _may_open(self, slot: Slot) -> bool:
+    def _may_open(self, slot: Slot, check: OpenCheck) -> bool:
         """Put into an open's answer what its check has found; False when it is refused."""
-        error = self._judge(slot) or self._opens.decide(slot)
+        error = self._judge(slot, check) if check.is_checked else 0
+        if self._opens.passthrough is not None and not error:
+            error = self._opens.decide(slot, check)
         if error:
             self._late.take_back(slot)
             self._kernel.answer(slot.answers, error)
         return not error
 
-    def _judge(self, slot: Slot) -> int:
+    def _judge(self, slot: Slot, check: OpenCheck) -> int:
         """Check what the kernel knows of a file that it opens; return 0 or an errno for it."""
-        if not self._opens.checks(slot):
-            return 0
-        verdict = self._opens.judge(slot)
+        verdict = self._opens.judge(slot, check)
         if verdict.replaced:
             return errno.ESTALE  # the kernel looks the name up again, then opens what that finds
         if not verdict.keep_attributes:

@@ -44,6 +44,7 @@ class HandleRules:
         self._released = parts.memory.released
         self._wrote = parts.memory.wrote
         self._locked = parts.memory.locked
+        self._sentinels = parts.memory.walkers.sentinels
 
     def create(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
         """CREATE goes without O_CREAT (``rewrite``)."""
@@ -51,8 +52,10 @@ class HandleRules:
         _PUT_U32(self._map, at + _IN, flags & ~os.O_CREAT)
         return False
 
-    def open(self, slot: Slot, _at: int, _size: int, _nodeid: int) -> bool:
-        """OPEN, where something has to go along."""
+    def open(self, slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
+        """OPEN, where something has to go along. What was known before it answers nothing more."""
+        if nodeid in self._sentinels:
+            del self._sentinels[nodeid]
         self._opens.begin(slot)
         return False
 

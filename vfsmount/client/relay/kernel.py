@@ -10,7 +10,6 @@ import io
 import os
 import select
 import struct
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.wire import fuse
@@ -60,11 +59,14 @@ class KernelPort:
     def answer(self, unique: int, number: int = 0) -> None:
         """Answer a request with a positive errno, or with 0 and no body."""
         _PUT_OUT_HEADER(self._header, 0, _OUT, -number, unique)
-        # ENOENT: nobody waits any more; ENODEV: the read that comes next will tell.
-        with suppress(OSError):
+        try:  # contextlib.suppress takes 0.25 us
             self.write(self._header)
+        except OSError:
+            return  # ENOENT: nobody waits any more; ENODEV: the read that comes next will tell
 
     def answer_body(self, unique: int, body: bytes) -> None:
         """Answer a request with a body of our own."""
-        with suppress(OSError):  # as above
+        try:
             self.write(fuse.OUT_HEADER.values(_OUT + len(body), 0, unique) + body)
+        except OSError:
+            return  # as above

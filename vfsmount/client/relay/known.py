@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.client.relay.listings import OFFSET_AT, SIZE_AT, room_for_names
 from vfsmount.client.relay.route import Route, SendAgain
+from vfsmount.client.relay.walkers import WalkerRules
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import Opcode
 
@@ -26,8 +27,8 @@ _XATTR_NAME_AT: Final = _IN + fuse.GETXATTR_IN.size
 _PUT_U32: Final = struct.Struct("<I").pack_into
 _U32: Final = struct.Struct("<I").unpack_from
 _U64: Final = struct.Struct("<Q").unpack_from
+_PUT_VALID: Final = struct.Struct("<QI").pack_into
 _OPCODE_AT: Final = 4
-_MODE_AT: Final = 76  # of attr_out: 16 and 60
 _FORGET_ONE: Final = struct.Struct("<QQ").unpack_from
 
 
@@ -41,7 +42,8 @@ class KnownRules:
         self._forget = parts.forget
         self._xattrs = parts.memory.xattrs
         self._names = parts.memory.names
-        self._modes = None if parts.terms.clears_set_id else parts.memory.modes
+        self._walkers = WalkerRules(parts)
+        self._sentinels = parts.memory.walkers.sentinels
         self._names_alone = Route(is_known=True)
         self._names_alone.names_alone = True
 
@@ -57,14 +59,19 @@ class KnownRules:
             self._forget(*_FORGET_ONE(self._map, start + 16 * number))
         return True
 
-    def getattr(self, slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
-        """GETATTR: what an open has just found out answers it."""
-        body = self._opens.take_parked(nodeid)
-        if body is None:
+    def getattr(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
+        """GETATTR: what an open or a listing has just found out answers it."""
+        found = self._walkers.asked(at, nodeid) if nodeid in self._sentinels else None
+        parked = self._opens.take_parked(nodeid) or found
+        if parked is None:
             return False
-        if self._modes is not None:
-            self._modes.see(nodeid, _U32(body, _MODE_AT)[0])
-        self._kernel.answer_body(slot.answers, body)
+        body, left = parked
+        at, end = slot.small, slot.small + len(body)
+        self._map[at:end] = body
+        if slot.route.rewrite is not None:
+            slot.route.rewrite(self._map, at, len(body), nodeid, slot.at)
+        _PUT_VALID(self._map, at, *divmod(left, 1_000_000_000))
+        self._kernel.answer_body(slot.answers, self._map[at:end])
         return True
 
     def getxattr(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
@@ -92,10 +99,10 @@ class KnownRules:
         if _U64(self._map, at + OFFSET_AT)[0]:
             return False
         now = monotonic()
-        if not self._names.is_known(nodeid, now):
+        if self._names.is_known(nodeid, now) or self._walkers.begins(slot, at, nodeid, now):
+            self._ask_for_names(slot, at)
+        else:
             self._names.listed(nodeid, now)
-            return False
-        self._ask_for_names(slot, at)
         return False
 
     def list_failed(self, slot: Slot, number: int) -> bool:

@@ -87,10 +87,8 @@ class LateReplies:
 
     def take_back(self, slot: Slot) -> None:
         """Have the daemon forget what a reply has handed out."""
-        if slot.check is not None:
-            reply = slot.check.reply
-        else:
-            reply = self._map[slot.data_at : slot.data_at + slot.length]
+        reply = slot.check.reply if slot.check is not None else b""
+        reply = reply or self._map[slot.data_at : slot.data_at + slot.length]
         undo = undo_late_reply(slot.opcode, slot.nodeid, self.lock_of(slot), reply)
         for nodeid in undo.forgets:
             self._forget(nodeid, 1)

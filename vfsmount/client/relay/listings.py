@@ -1,4 +1,4 @@
-"""Listings: how long the kernel keeps them, and how it is given names alone.
+"""Listings: how long the kernel keeps them, how it is given names alone, and what is in them.
 
 READDIRPLUS is sent as READDIR where the kernel knows the rest already (``cache.known_names``). Only
 the beginning of a listing is changed; how it goes on, the kernel decides by what was looked at.
@@ -9,6 +9,7 @@ about the file.
 
 from __future__ import annotations
 
+import stat
 import struct
 from typing import TYPE_CHECKING, Final
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from vfsmount.cache.policy import CachePolicy
 
-__all__ = ["ListingAges", "names_as_plus", "room_for_names"]
+__all__ = ["ListingAges", "find_sentinel", "names_as_plus", "room_for_names"]
 
 _IN: Final = fuse.IN_HEADER.size
 #: fuse_read_in: fh, offset, size.
@@ -33,6 +34,13 @@ _DIRENT: Final = fuse.DIRENT.size
 _NAME_LENGTH: Final = struct.Struct("<16xI").unpack_from
 #: The smallest entry, with a name of up to 8 bytes, becomes 5 times as long; others less.
 _WIDER: Final = (_DIRENT + 8 + len(_NOTHING)) // (_DIRENT + 8)
+#: Of fuse_direntplus: nodeid, the byte of mode that has the type, namelen.
+_LISTED: Final = struct.Struct("<Q93xB42xI").unpack_from
+_REGULAR: Final = stat.S_IFREG >> 12
+_DIRENTPLUS: Final = fuse.ENTRY_OUT.size + _DIRENT
+#: Files that a listing has at least, if it is to tell whether anybody looks at them: a GETATTR more
+#: for fewer would be a cost that can be seen.
+_FILES: Final = 8
 
 
 def room_for_names(size: int) -> int:
@@ -60,6 +68,26 @@ def names_as_plus(memory: mmap.mmap, at: int, length: int) -> bytes:
         parts += (_NOTHING, names[start:end])
         start = end
     return b"".join(parts)
+
+
+def find_sentinel(memory: mmap.mmap, at: int, length: int) -> int | None:
+    """Return where the first file begins in a READDIRPLUS's reply, None if that has few.
+
+    Args:
+        memory: Shared memory; each entry is read once.
+        at: Where the reply begins there.
+        length: Its bytes.
+    """
+    found, files, last = at, 0, at + length - _DIRENTPLUS
+    while at <= last:
+        nodeid, kind, name_length = _LISTED(memory, at)
+        if nodeid and kind >> 4 == _REGULAR:
+            found = found if files else at
+            files += 1
+            if files == _FILES:
+                return found
+        at += (_DIRENTPLUS + name_length + 7) & -8
+    return None
 
 
 class ListingAges:

@@ -5,14 +5,17 @@ each OPEN, in the same kick. Its answer is judged by ``Freshness``:
 
     unchanged    the kernel keeps its pages and attributes
     changed      pages are dropped by the open (no KEEP_CACHE); the kernel is told that its
-                 attributes are old, and asks again. What we know is *parked* for that question
+                 attributes are old, and asks again
     replaced     the node has no link left: ESTALE, at which the kernel looks the name up anew
 
 With O_TRUNC there is nothing to check: the kernel drops pages and size by itself.
 
-What is parked may answer one GETATTR, if nothing was changed here meanwhile: a change that was on
-its way when we asked might or might not be in the answer, so then nothing is parked. Nor is
-anything while the kernel writes to the file without our seeing it.
+What was found out is *parked* for 10 ms: programs that open a file ask for its attributes at once,
+and the kernel passes that on after a change, and after any READ, which makes the time of access
+unknown. One GETATTR is answered so, if nothing was changed here meanwhile (``grep -r`` again over
+5,000 files: 1.22 times as long as passthrough_ll instead of 1.64, with what else is done for opens
+here). A change that was on its way when we asked might or might not be in the answer, so then
+nothing is parked. Nor is anything while the kernel writes to the file without our seeing it.
 
 With DAX an open waits for its backing file as well (``passthrough``), in every mode.
 """
@@ -21,12 +24,12 @@ from __future__ import annotations
 
 import os
 import struct
-from time import monotonic
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.cache.freshness import SIGNATURE_AT, SIGNATURE_SIZE, Freshness
-from vfsmount.channel.inflight import Pending
 from vfsmount.client.relay.passthrough import CREATES
+from vfsmount.client.relay.questions import Question, Questions
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import NotifyCode, Opcode, OpenOutFlag
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
     from vfsmount.cache.freshness import Verdict
     from vfsmount.cache.policy import CachePolicy
+    from vfsmount.channel.inflight import Pending
     from vfsmount.channel.loan import Loan
     from vfsmount.client.relay.passthrough import Passthrough
     from vfsmount.client.relay.slots import Slot
@@ -56,12 +60,15 @@ CHANGES: Final = frozenset(
 _IN: Final = fuse.IN_HEADER.size
 _U32: Final = struct.Struct("<I")
 _OPEN_FLAGS_AT: Final = 8
-_GETATTR_BODY: Final = fuse.GETATTR_IN.values(0, 0)
 _SIGNATURE: Final = 16 + SIGNATURE_AT
 _INVAL: Final = struct.Struct("<Qqq")  # fuse_notify_inval_inode_out: ino, off, len
-_VALID: Final = struct.Struct("<QI")
+#: Plain numbers: an operation on an IntFlag takes 0.5 us.
+_KEEP_CACHE: Final = int(OpenOutFlag.KEEP_CACHE)
+_DIRECT_IO: Final = int(OpenOutFlag.DIRECT_IO)
 #: Answers that may be parked; more only when the kernel never asks.
 _PARKED: Final = 64
+#: Nanoseconds for which they are: fstat(2) comes at once, or is somebody else's.
+_PARKED_NS: Final = 10_000_000
 
 
 class OpenCheck:
@@ -76,28 +83,22 @@ class OpenCheck:
         is_checked: There is to be a GETATTR.
         nodeid: Whose; 0 as long as nobody knows.
         body: The GETATTR's ``fuse_attr_out``; None when there is none.
-        reply: The body of the OPEN's reply, read once: node and handle are taken from here, because
-            the daemon can still write to shared memory.
+        reply: The body of the OPEN's reply, read once where it has to wait: node and handle are
+            taken from here, because the daemon can still write to shared memory.
         fh: The handle, once it is counted as open; only with ``passthrough``.
         version: Changes begun when it was sent, or -1 when some were on their way.
-        sent: When, clock seconds.
+        sent: When, ``perf_counter_ns``.
     """
 
-    __slots__ = (
-        "asked", "body", "fh", "is_checked", "nodeid", "pending", "replied", "reply", "sent",
-        "version", "waits", "wants",
-    )  # fmt: skip
-
-    def __init__(self, version: int = -1, sent: float = 0.0) -> None:
-        self.is_checked = False
-        self.pending: Pending | None = None
-        self.replied = self.waits = self.asked = False
-        self.nodeid = self.wants = 0
-        self.body: bytes | None = None
-        self.reply = b""
-        self.fh: int | None = None
-        self.version = version
-        self.sent = sent
+    # Of the class, as most of them stay as they are: an open is 0.4 us quicker than with slots.
+    pending: Question | None = None
+    replied = waits = asked = is_checked = False
+    nodeid = wants = 0
+    body: bytes | None = None
+    reply = b""
+    fh: int | None = None
+    version = -1
+    sent = 0
 
     def is_ready(self) -> bool:
         """Whether nothing is missing for the answer."""
@@ -121,16 +122,15 @@ class OpenChecks:
     ) -> None:
         self.passthrough = passthrough
         self.fresh = Freshness() if policy.revalidate else None
-        self._queue = loan.requests
+        self._questions = Questions(loan)
         self._map = loan.memory.map
-        self._attr_timeout = policy.attr_timeout
-        self._slots: dict[Pending, Slot] = {}
-        self._parked: dict[int, tuple[bytes, float]] = {}
+        self._attr_ns = int(policy.attr_timeout * 1e9)
+        self._parked: dict[int, tuple[bytes, int]] = {}
         self._begun = self._ended = 0
 
     def waiting(self) -> list[Slot]:
         """Opens that the daemon has answered, but that wait for something else of it."""
-        slots = [slot for slot in self._slots.values() if slot.check and slot.check.replied]
+        slots = [slot for slot in self._questions.waiting() if slot.check and slot.check.replied]
         if self.passthrough is not None:
             slots += [slot for slot in self.passthrough.waiting() if slot not in slots]
         return slots
@@ -146,6 +146,10 @@ class OpenChecks:
         """It is through."""
         self._ended += 1
 
+    def version(self) -> int:
+        """Return how many changes have begun, or -1 while some are on their way."""
+        return self._begun if self._begun == self._ended else -1
+
     # --- opens ---
 
     def begin(self, slot: Slot) -> None:
@@ -155,7 +159,7 @@ class OpenChecks:
         if self.passthrough is not None:
             check = slot.check = slot.check or OpenCheck()
             if self.passthrough.begin(slot) and check.pending is None:
-                self._ask(slot, check)
+                check.pending = self._questions.ask(slot)
 
     def begin_create(self, slot: Slot) -> None:
         """The same for a CREATE; only with ``passthrough``."""
@@ -168,62 +172,53 @@ class OpenChecks:
         if flags & os.O_TRUNC:
             self.forget(slot.nodeid)
             return
-        version = self._begun if self._begun == self._ended else -1
-        check = slot.check = OpenCheck(version, monotonic())
+        check = slot.check = OpenCheck()
         check.is_checked = True
-        self._ask(slot, check)
-
-    def _ask(self, slot: Slot, check: OpenCheck) -> None:
-        """Have a GETATTR go ahead of an OPEN."""
-        size = fuse.ATTR_OUT.size
-        pending = Pending(Opcode.GETATTR, slot.nodeid, _GETATTR_BODY, None, size, 0, 0, 0, 0, None)
-        if self._queue.submit(pending, kick=False):
-            check.pending = pending
-            self._slots[pending] = slot
+        if self._begun == self._ended:
+            check.version = self._begun
+        check.sent = slot.started_ns
+        check.pending = self._questions.ask(slot)
 
     def replied(self, slot: Slot) -> bool:
         """An open is through; return whether it need not wait any more."""
         check = slot.check
         assert check is not None
         check.replied = True
+        if self.passthrough is None and check.pending is None:
+            return True
         if not slot.errno:
             check.reply = self._map[slot.data_at : slot.data_at + slot.length]
         if self.passthrough is not None and slot.opcode in CREATES:
             self.passthrough.created(check)
         return self._is_ready(slot, check)
 
-    def put_back(self, slot: Slot) -> None:
+    def put_back(self, slot: Slot, check: OpenCheck) -> None:
         """Have what was read of an open's reply in its place, for the answer that follows at once.
 
         Where it has waited, the daemon has had time to write there. The kernel gets the handle that
         is remembered here.
         """
-        if slot.check is not None and not slot.errno:
-            self._map[slot.data_at : slot.data_at + slot.length] = slot.check.reply
+        self._map[slot.data_at : slot.data_at + slot.length] = check.reply
 
     def _is_ready(self, slot: Slot, check: OpenCheck) -> bool:
         passthrough = self.passthrough
         return check.is_ready() and (passthrough is None or passthrough.settle(slot))
 
+    def answered(self, question: Question) -> Slot | None:
+        """A question is answered; return its open, if that need not wait any more."""
+        slot = self._questions.answered(question)
+        check = None if slot is None else slot.check
+        if slot is None or check is None or not check.replied:
+            return None
+        return slot if self._is_ready(slot, check) else None
+
     def learned(self, pending: Pending) -> Sequence[Slot]:
-        """A request of the relay's own is through; return the opens that need not wait any more."""
-        slot = self._slots.pop(pending, None)
-        if slot is None or slot.check is None:
-            return () if self.passthrough is None else self.passthrough.learned(pending)
-        check = slot.check
-        check.pending = None
-        if not pending.errno and pending.length >= fuse.ATTR_OUT.size:
-            check.body = self._map[pending.data_at : pending.data_at + fuse.ATTR_OUT.size]
-        return (slot,) if self._is_ready(slot, check) else ()
+        """Another request of our own is through; return the opens that need not wait any more."""
+        return () if self.passthrough is None else self.passthrough.learned(pending)
 
-    def checks(self, slot: Slot) -> bool:
-        """Whether there is something to judge."""
-        return slot.check is not None and slot.check.is_checked
-
-    def judge(self, slot: Slot) -> Verdict:
+    def judge(self, slot: Slot, check: OpenCheck) -> Verdict:
         """Judge an OPEN, put the flag into its reply, and park the answer for the kernel."""
-        check, fresh = slot.check, self.fresh
-        assert check is not None
+        fresh = self.fresh
         assert fresh is not None
         body = check.body
         raw = None if body is None else body[_SIGNATURE : _SIGNATURE + SIGNATURE_SIZE]
@@ -231,22 +226,20 @@ class OpenChecks:
         if verdict.keep_pages and slot.length >= fuse.OPEN_OUT.size:
             at = slot.data_at + _OPEN_FLAGS_AT
             flags: int = _U32.unpack_from(self._map, at)[0]
-            if not flags & OpenOutFlag.DIRECT_IO:
-                _U32.pack_into(self._map, at, flags | OpenOutFlag.KEEP_CACHE)
+            if not flags & _DIRECT_IO:
+                _U32.pack_into(self._map, at, flags | _KEEP_CACHE)
         quiet = check.version == self._begun == self._ended
-        if body is not None and quiet and not verdict.keep_attributes and not verdict.replaced:
+        if body is not None and quiet and not verdict.replaced:
             if len(self._parked) >= _PARKED:
                 self._parked.clear()
             self._parked[slot.nodeid] = body, check.sent
         return verdict
 
-    def decide(self, slot: Slot) -> int:
+    def decide(self, slot: Slot, check: OpenCheck) -> int:
         """Say in an open's answer who reads and writes; return 0, or the errno to fail with."""
-        if self.passthrough is None:
-            return 0
+        assert self.passthrough is not None
         error = self.passthrough.decide(slot)
-        check = slot.check
-        if self._parked and check is not None and self.passthrough.nodes.is_passed(check.nodeid):
+        if self._parked and self.passthrough.nodes.is_passed(check.nodeid):
             self._parked.pop(check.nodeid, None)
         return error
 
@@ -257,21 +250,17 @@ class OpenChecks:
 
     # --- what is known ---
 
-    def take_parked(self, nodeid: int) -> bytes | None:
-        """Return a ``fuse_attr_out`` for the kernel, valid as long as it still is, or None."""
+    def take_parked(self, nodeid: int) -> tuple[bytes, int] | None:
+        """Return the daemon's ``fuse_attr_out``, and the nanoseconds for which it is valid yet."""
         if not self._parked:
             return None
         found = self._parked.pop(nodeid, None)
-        if found is None or self.fresh is None:
+        if found is None:
             return None
         body, sent = found
-        left = self._attr_timeout - (monotonic() - sent)
-        if left <= 0:
-            return None
-        self.fresh.gave(nodeid, body[_SIGNATURE : _SIGNATURE + SIGNATURE_SIZE])
-        seconds = int(left)
-        valid = _VALID.pack(seconds, int((left - seconds) * 1e9))
-        return valid + body[_VALID.size :]
+        age = perf_counter_ns() - sent
+        left = self._attr_ns - age
+        return (body, left) if age < _PARKED_NS and left > 0 else None
 
     def forget(self, nodeid: int) -> None:
         """The kernel forgets the node, or throws away what it knows of its contents."""

@@ -100,6 +100,11 @@ class PassedNodes:
         node = self._nodes.get(nodeid)
         return node is not None and node.opens > 0
 
+    def was_passed(self, nodeid: int) -> bool:
+        """Whether it may have done so at any time since the kernel has known it."""
+        node = self._nodes.get(nodeid)
+        return node is not None and node.passed
+
     def is_writer(self, fh: int) -> bool:
         """Whether a handle may have written, without our seeing it."""
         return fh in self._writers

@@ -9,8 +9,8 @@ the complete list of exceptions:
 * A handle that cannot write wants no FLUSH, and one that has written nothing gets none, where the
   daemon has no locks to give up at a FLUSH.
 * "No such name" becomes a negative entry where the policy remembers absence (``negative_entry``).
-* Where the daemon does not clear set-id bits, they are taken off before a request that must clear
-  them, and FATTR_KILL_SUIDGID does not reach it (``set_id``).
+* Set-id bits are taken off before a write that must clear them, where the daemon will not
+  (``memory``).
 * After a short WRITE of the kernel's pages, which it would not notice, the rest is sent again
   (``TookPart``); the daemon says then why it takes no more.
 * Below the kernel's write-back a WRITE of its pages that fails has succeeded for the kernel, and
@@ -21,9 +21,11 @@ the complete list of exceptions:
 * CREATE goes without O_CREAT, which it implies: virtiofsd (C) would pass it to openat(2) without a
   mode, and abort, when the file exists already, as it may while the kernel remembers its absence.
 * READDIRPLUS of a directory whose names the kernel knows becomes READDIR (``listings``). So does
-  one that comes upon a name which was removed meanwhile, instead of ENOENT (``known``).
+  one that comes upon a name which was removed meanwhile, instead of ENOENT (``known``), and one of
+  who lists and looks at nothing (``walkers``).
+* To find that out, attributes of one file in a listing get no validity (``walkers``).
 * Extended attributes that are known to be absent are answered from memory (``cache.xattrs``), above
-  all ``security.capability``, for which the kernel asks before it writes to a file.
+  all ``security.capability``, for which the kernel asks before each write.
 
 The room for each reply follows from the request (``rooms``). Rewriters get shared memory
 that the daemon can still write to. They only ever store the policy's own values at offsets that lie
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from vfsmount.cache.freshness import Freshness
     from vfsmount.cache.known_names import KnownNames
     from vfsmount.cache.policy import CachePolicy
+    from vfsmount.cache.walkers import Walkers
     from vfsmount.client.relay.memory import SetIdMemory
     from vfsmount.client.relay.unwritten import Unwritten
 
@@ -79,28 +82,34 @@ _MODE_AT: Final = 76  # of attr_out: 16 and 60
 _ENTRY_MODE: Final = struct.Struct("<Q92xI").unpack_from  # entry_out: nodeid, and mode at 100
 _U32: Final = struct.Struct("<I")
 _PUT_U32: Final = _U32.pack_into
-_U16: Final = struct.Struct("<H").unpack_from
 #: Offsets of the byte of ``mode`` that has the file's type, and of ``blksize``.
 _ENTRY_TYPE_AT: Final = 101
 _ENTRY_BLKSIZE_AT: Final = 120
 _ATTR_TYPE_AT: Final = 77
 _ATTR_BLKSIZE_AT: Final = 96
 _STATX_TYPE_AT: Final = 61
-_STATX_MODE_AT: Final = 60
 _STATX_BLKSIZE_AT: Final = 36
 _REGULAR: Final = stat.S_IFREG >> 12
+_DIRECTORY: Final = stat.S_IFDIR >> 12
 _OPEN_FLAGS_AT: Final = 8
 _DIRENTPLUS: Final = _ENTRY + fuse.DIRENT.size
-_NAME_LENGTH: Final = struct.Struct("<I").unpack_from
-_NAME_LENGTH_AT: Final = _ENTRY + 16
+#: Of fuse_direntplus, in one go: nodeid, both validities, signature, blksize and namelen. Field by
+#: field an entry takes 0.67 us instead of 0.42.
+_LISTED: Final = struct.Struct(f"<Q8x24s8x{SIGNATURE_SIZE}s12xI20xI").unpack_from
+_PUT_VALID: Final = struct.Struct("24s").pack_into
+#: Within a signature: mode, and its byte with the file's type.
+_SIGNED_MODE: Final = struct.Struct("<52xI").unpack_from
+_SIGNED_TYPE_AT: Final = 53
 _U64: Final = struct.Struct("<Q").unpack_from
 _ENTRY_SIGNATURE: Final = 40 + SIGNATURE_AT  # fuse_attr is at 40 of entry_out, at 16 of attr_out
 _ATTR_SIGNATURE: Final = 16 + SIGNATURE_AT
 
 #: Open flags that the policy decides; the others (STREAM, NONSEEKABLE, ...) are the daemon's.
-_POLICY_FLAGS: Final = OpenOutFlag.DIRECT_IO | OpenOutFlag.KEEP_CACHE | OpenOutFlag.CACHE_DIR
+#: Plain numbers, all of these: an operation on an IntFlag takes 0.5 us.
+_POLICY_FLAGS: Final = int(OpenOutFlag.DIRECT_IO | OpenOutFlag.KEEP_CACHE | OpenOutFlag.CACHE_DIR)
 #: Means something only with backing files, which there are none of.
-_NEVER_FLAGS: Final = OpenOutFlag.PASSTHROUGH
+_NEVER_FLAGS: Final = int(OpenOutFlag.PASSTHROUGH)
+_NO_FLUSH: Final = int(OpenOutFlag.NOFLUSH)
 _WRITE_SIZE_AT: Final = _IN + 16
 
 
@@ -140,6 +149,7 @@ def reply_rewriters(
     fresh: Freshness | None = None,
     known: KnownNames | None = None,
     unwritten: Unwritten | None = None,
+    walkers: Walkers | None = None,
     *,
     no_flush: bool = False,
 ) -> dict[int, Rewriter]:
@@ -154,6 +164,7 @@ def reply_rewriters(
         fresh: Is told the attributes that pass, likewise.
         known: Is told of names that pass one by one, likewise.
         unwritten: Is told of handles that may write, likewise.
+        walkers: Is told of names that are looked up where names alone were given, likewise.
         no_flush: No FLUSH is wanted of handles that cannot write.
     """
     learn = _learner(modes, fresh)
@@ -166,10 +177,13 @@ def reply_rewriters(
     if not policy.from_host or modes is not None:
         names = (Opcode.LOOKUP, Opcode.MKNOD, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK)
         table |= dict.fromkeys(names, entry)
+        if walkers is not None:
+            table[Opcode.LOOKUP] = _of_entry(policy, learn, known, walkers)
         attributes = _of_attributes(policy, modes, fresh)
         table |= dict.fromkeys((Opcode.GETATTR, Opcode.SETATTR), attributes)
-        table[Opcode.READDIRPLUS] = _of_listing(policy, learn)
-        table[Opcode.STATX] = _of_statx(policy, modes)
+        table[Opcode.READDIRPLUS] = _of_listing(policy, modes, fresh)
+    if not policy.from_host:
+        table[Opcode.STATX] = _of_statx(policy)
     return {int(opcode): rewriter for opcode, rewriter in table.items()}
 
 
@@ -210,9 +224,11 @@ def _of_entry(
     policy: CachePolicy,
     learn: Callable[[mmap.mmap, int], None] | None,
     known: KnownNames | None,
+    walkers: Walkers | None = None,
 ) -> Rewriter:
     valid, absent_valid, no_node = _entry_valid(policy), _absent_valid(policy), bytes(8)
     from_host = policy.from_host
+    told = None if walkers is None else walkers.told
 
     def rewrite(memory: mmap.mmap, at: int, length: int, nodeid: int, _request: int) -> None:
         if length < _ENTRY:
@@ -228,26 +244,39 @@ def _of_entry(
             _PUT_U32(memory, at + _ENTRY_BLKSIZE_AT, IO_SIZE)
         if learn is not None:
             learn(memory, at)
+        if told and walkers is not None and nodeid in told and _is_no_directory(memory, at):
+            walkers.looked_up(nodeid, monotonic())
 
     return rewrite
 
 
-def _of_listing(policy: CachePolicy, learn: Callable[[mmap.mmap, int], None] | None) -> Rewriter:
+def _is_no_directory(memory: mmap.mmap, at: int) -> bool:
+    """Whether the ``fuse_entry_out`` at an offset is of something else than a directory."""
+    return bool(_U64(memory, at)[0]) and memory[at + _ENTRY_TYPE_AT] >> 4 != _DIRECTORY
+
+
+def _of_listing(
+    policy: CachePolicy, modes: SetIdMemory | None, fresh: Freshness | None
+) -> Rewriter:
     valid, from_host = _entry_valid(policy), policy.from_host
+    gave = None if fresh is None else fresh.gave
 
     def rewrite(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
-        end = at + length
-        while at + _DIRENTPLUS <= end:
-            start = at + _ENTRY_VALID_AT
-            if memory[start : start + _ENTRY_VALID.size] != valid and not from_host:
-                memory[start : start + _ENTRY_VALID.size] = valid
-            if memory[at + _ENTRY_TYPE_AT] >> 4 == _REGULAR and not from_host:
-                _PUT_U32(memory, at + _ENTRY_BLKSIZE_AT, IO_SIZE)
-            if learn is not None:
-                learn(memory, at)
+        last = at + length - _DIRENTPLUS
+        while at <= last:
+            nodeid, told, signature, blksize, name_length = _LISTED(memory, at)
+            if not from_host:
+                if told != valid:
+                    _PUT_VALID(memory, at + _ENTRY_VALID_AT, valid)
+                if signature[_SIGNED_TYPE_AT] >> 4 == _REGULAR and blksize != IO_SIZE:
+                    _PUT_U32(memory, at + _ENTRY_BLKSIZE_AT, IO_SIZE)
+            if modes is not None:
+                modes.see(nodeid, _SIGNED_MODE(signature)[0])
+            if gave is not None:
+                gave(nodeid, signature)
             # The length may lie; the kernel then refuses the reply. Each step goes on by 152 at
             # least, so this ends, and stays inside the reply.
-            at += (_DIRENTPLUS + _NAME_LENGTH(memory, at + _NAME_LENGTH_AT)[0] + 7) & -8
+            at += (_DIRENTPLUS + name_length + 7) & -8
 
     return rewrite
 
@@ -273,18 +302,16 @@ def _of_attributes(
     return rewrite
 
 
-def _of_statx(policy: CachePolicy, modes: SetIdMemory | None) -> Rewriter:
-    valid, from_host = _ATTR_VALID.pack(*_split(policy.attr_timeout)), policy.from_host
+def _of_statx(policy: CachePolicy) -> Rewriter:
+    valid = _ATTR_VALID.pack(*_split(policy.attr_timeout))
 
-    def rewrite(memory: mmap.mmap, at: int, length: int, nodeid: int, _request: int) -> None:
+    def rewrite(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
         if length < fuse.STATX_OUT.size:
             return
-        if memory[at : at + _ATTR_VALID.size] != valid and not from_host:
+        if memory[at : at + _ATTR_VALID.size] != valid:
             memory[at : at + _ATTR_VALID.size] = valid
-        if memory[at + _STATX_TYPE_AT] >> 4 == _REGULAR and not from_host:
+        if memory[at + _STATX_TYPE_AT] >> 4 == _REGULAR:
             _PUT_U32(memory, at + _STATX_BLKSIZE_AT, IO_SIZE)
-        if modes is not None:
-            modes.see(nodeid, _U16(memory, at + _STATX_MODE_AT)[0])
 
     return rewrite
 
@@ -300,7 +327,7 @@ def _of_open(policy: CachePolicy, unwritten: Unwritten | None, *, no_flush: bool
         if unwritten is not None and length >= fuse.OPEN_OUT.size:
             _note_writer(unwritten, memory, at, nodeid, request)
         if no_flush and _U32.unpack_from(memory, request + _IN)[0] & os.O_ACCMODE == os.O_RDONLY:
-            ours |= OpenOutFlag.NOFLUSH
+            ours |= _NO_FLUSH
         put(memory, at, length, ours)
 
     return rewrite
@@ -355,8 +382,8 @@ def _note_writer(
 def _open_flags(policy: CachePolicy) -> int:
     """The policy's open flags for files, as far as they are the same for all."""
     if policy.direct_io:
-        return OpenOutFlag.DIRECT_IO
-    return OpenOutFlag.KEEP_CACHE if policy.keep_cache else OpenOutFlag(0)
+        return int(OpenOutFlag.DIRECT_IO)
+    return int(OpenOutFlag.KEEP_CACHE) if policy.keep_cache else 0
 
 
 # --- the rest ------------------------------------------------------------------------------------

@@ -2,10 +2,9 @@
 
 What is not in the tables here is handed on as it stands. The functions are in files by subject:
 
-    known        what is remembered, and forgotten: attributes, listings, FORGET
+    known        what is remembered, and forgotten: attributes, listings, FORGET; with walkers
     handles      OPEN, CREATE, FLUSH, RELEASE; and the same where files are passed through
     writes       what writes
-    set_id       what clears set-id bits, where the daemon does not
     writeback    what is different below the kernel's write-back
     locks        locks, and INTERRUPT
 """
@@ -22,7 +21,6 @@ from vfsmount.client.relay.opens import CHANGES
 from vfsmount.client.relay.rewrite import judge_write_back, reply_rewriters
 from vfsmount.client.relay.rooms import named_rooms, small_rooms
 from vfsmount.client.relay.route import Route
-from vfsmount.client.relay.set_id import SetIdRules
 from vfsmount.client.relay.slots import SMALL_REPLY
 from vfsmount.client.relay.writeback import WritebackRules
 from vfsmount.client.relay.writes import WriteRules
@@ -54,8 +52,6 @@ def make_routes(parts: Parts) -> list[Route]:
         _local(routes, {Opcode.FLUSH: handles.flush})
     if parts.policy.revalidate or parts.passthrough is not None:
         _special(routes, {Opcode.OPEN: handles.open})
-    if not parts.terms.clears_set_id:
-        _add_set_id(routes, SetIdRules(parts))
     if parts.passthrough is not None:
         _add_passed(routes, PassedHandleRules(parts, handles), flushes=parts.terms.quiet_flush)
     # The kernel writes pages back in all modes: maps that are shared can be had in ``none`` too.
@@ -73,8 +69,9 @@ def _plain_routes(parts: Parts) -> list[Route]:
         routes[opcode].room = room
     for opcode, size_at in named_rooms().items():
         routes[opcode].size_at = size_at
-    for opcode in CHANGES if parts.policy.revalidate else ():
-        routes[opcode].changes = True
+    if parts.policy.revalidate:
+        for opcode in (*CHANGES, Opcode.READ):  # which changes the time of the last access
+            routes[opcode].changes = True
     for opcode, rewriter in _rewriters(parts).items():
         routes[opcode].rewrite = rewriter
     return routes
@@ -111,18 +108,6 @@ def _add_always(
     for opcode in _XATTR_CHANGES:
         routes[opcode].rewrite = known.xattr_changed
     routes[Opcode.READDIRPLUS].failed = known.list_failed
-
-
-def _add_set_id(routes: list[Route], rules: SetIdRules) -> None:
-    """Files whose set-id bits are ours to clear."""
-    _special(
-        routes,
-        {
-            Opcode.SETATTR: rules.setattr,
-            Opcode.FALLOCATE: rules.fallocate,
-            **dict.fromkeys(_COPIES, rules.copy),
-        },
-    )
 
 
 def _add_passed(routes: list[Route], passed: PassedHandleRules, *, flushes: bool) -> None:
@@ -173,5 +158,6 @@ def _rewriters(parts: Parts) -> dict[int, Rewriter]:
         parts.opens.fresh,
         memory.names if policy.revalidate else None,
         memory.unwritten,
+        memory.walkers,
         no_flush=terms.quiet_flush and not terms.keeps_locks,
     )
