@@ -4,8 +4,8 @@ One immutable object is made when the mount starts; whoever answers the kernel r
 
     mode     names, attributes, absent names   contents                        listings
     none     never                             never: direct I/O               never
-    auto     ``timeout`` seconds               while unchanged: each open      never
-                                               compares size, mtime and ctime
+    auto     ``timeout`` seconds               while unchanged: each open      while unchanged,
+                                               compares size, mtime and ctime  likewise; the relay
     always   for ever                          kept across opens               kept
     host     as the daemon says                as the daemon says              as the daemon says
 

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 _OUT: Final = fuse.OUT_HEADER.size
 _LOOKUP: Final = int(Opcode.LOOKUP)
 _GETXATTR: Final = int(Opcode.GETXATTR)
+_OPENDIR: Final = int(Opcode.OPENDIR)
 
 
 class Answers:
@@ -167,6 +168,9 @@ class Answers:
 
     def _judge(self, slot: Slot, check: OpenCheck) -> int:
         """Check what the kernel knows of a file that it opens; return 0 or an errno for it."""
+        if slot.opcode == _OPENDIR:
+            self._opens.judge_directory(slot, check)
+            return 0
         verdict = self._opens.judge(slot, check)
         if verdict.replaced:
             return errno.ESTALE  # the kernel looks the name up again, then opens what that finds

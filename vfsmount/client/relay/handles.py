@@ -59,6 +59,11 @@ class HandleRules:
         self._opens.begin(slot)
         return False
 
+    def opendir(self, slot: Slot, _at: int, _size: int, _nodeid: int) -> bool:
+        """OPENDIR, where listings are kept as long as they are true."""
+        self._opens.begin_check(slot)
+        return False
+
     def flush(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
         """FLUSH is answered here, if nothing was written and no lock is to be given up."""
         handle = _U64(self._map, at + _IN)[0]

@@ -96,6 +96,7 @@ class KnownRules:
 
     def list(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
         """READDIRPLUS: ask for names alone, if they are enough."""
+        self._opens.unpark(nodeid)
         if _U64(self._map, at + OFFSET_AT)[0]:
             return False
         now = monotonic()
@@ -103,6 +104,11 @@ class KnownRules:
             self._ask_for_names(slot, at)
         else:
             self._names.listed(nodeid, now)
+        return False
+
+    def list_names(self, _slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
+        """READDIR."""
+        self._opens.unpark(nodeid)
         return False
 
     def list_failed(self, slot: Slot, number: int) -> bool:

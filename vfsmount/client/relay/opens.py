@@ -17,6 +17,9 @@ unknown. One GETATTR is answered so, if nothing was changed here meanwhile (``gr
 here). A change that was on its way when we asked might or might not be in the answer, so then
 nothing is parked. Nor is anything while the kernel writes to the file without our seeing it.
 
+A directory that is opened is asked about likewise. Where it is unchanged, and the kernel knows what
+its names stand for, too, the kernel takes the names from the listing that it has kept.
+
 With DAX an open waits for its backing file as well (``passthrough``), in every mode.
 """
 
@@ -24,10 +27,11 @@ from __future__ import annotations
 
 import os
 import struct
-from time import perf_counter_ns
+from time import monotonic, perf_counter_ns, time_ns
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.cache.freshness import SIGNATURE_AT, SIGNATURE_SIZE, Freshness
+from vfsmount.cache.kept_listings import KeptListings
 from vfsmount.client.relay.passthrough import CREATES
 from vfsmount.client.relay.questions import Question, Questions
 from vfsmount.wire import fuse
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vfsmount.cache.freshness import Verdict
+    from vfsmount.cache.known_names import KnownNames
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.channel.inflight import Pending
     from vfsmount.channel.loan import Loan
@@ -65,6 +70,7 @@ _INVAL: Final = struct.Struct("<Qqq")  # fuse_notify_inval_inode_out: ino, off, 
 #: Plain numbers: an operation on an IntFlag takes 0.5 us.
 _KEEP_CACHE: Final = int(OpenOutFlag.KEEP_CACHE)
 _DIRECT_IO: Final = int(OpenOutFlag.DIRECT_IO)
+_CACHE_DIR: Final = int(OpenOutFlag.CACHE_DIR)
 #: Answers that may be parked; more only when the kernel never asks.
 _PARKED: Final = 64
 #: Nanoseconds for which they are: fstat(2) comes at once, or is somebody else's.
@@ -111,6 +117,7 @@ class OpenChecks:
     Args:
         loan: Where the GETATTRs go.
         policy: The cache policy; without ``revalidate`` nothing is checked.
+        names: Directories of which the kernel knows the names.
         passthrough: Has backing files set up; None without DAX.
 
     Attributes:
@@ -118,10 +125,16 @@ class OpenChecks:
     """
 
     def __init__(
-        self, loan: Loan, policy: CachePolicy, passthrough: Passthrough | None = None
+        self,
+        loan: Loan,
+        policy: CachePolicy,
+        names: KnownNames,
+        passthrough: Passthrough | None = None,
     ) -> None:
         self.passthrough = passthrough
         self.fresh = Freshness() if policy.revalidate else None
+        self._names = names
+        self._listings = KeptListings()
         self._questions = Questions(loan)
         self._map = loan.memory.map
         self._attr_ns = int(policy.attr_timeout * 1e9)
@@ -155,7 +168,7 @@ class OpenChecks:
     def begin(self, slot: Slot) -> None:
         """Send what goes with an OPEN that is to be submitted and kicked next."""
         if self.fresh is not None:
-            self._begin_check(slot)
+            self._begin_open(slot)
         if self.passthrough is not None:
             check = slot.check = slot.check or OpenCheck()
             if self.passthrough.begin(slot) and check.pending is None:
@@ -167,11 +180,15 @@ class OpenChecks:
         slot.check = OpenCheck()
         self.passthrough.begin_create(slot)
 
-    def _begin_check(self, slot: Slot) -> None:
+    def _begin_open(self, slot: Slot) -> None:
         flags: int = _U32.unpack_from(self._map, slot.at + _IN)[0]
         if flags & os.O_TRUNC:
             self.forget(slot.nodeid)
-            return
+        else:
+            self.begin_check(slot)
+
+    def begin_check(self, slot: Slot) -> None:
+        """Ask about the node of an OPEN or OPENDIR that is to be submitted and kicked next."""
         check = slot.check = OpenCheck()
         check.is_checked = True
         if self._begun == self._ended:
@@ -228,12 +245,31 @@ class OpenChecks:
             flags: int = _U32.unpack_from(self._map, at)[0]
             if not flags & _DIRECT_IO:
                 _U32.pack_into(self._map, at, flags | _KEEP_CACHE)
-        quiet = check.version == self._begun == self._ended
-        if body is not None and quiet and not verdict.replaced:
+        if body is not None and not verdict.replaced:
+            self._park(slot.nodeid, body, check)
+        return verdict
+
+    def judge_directory(self, slot: Slot, check: OpenCheck) -> None:
+        """Say in an OPENDIR's reply whether the kernel's listing is true, or is to be kept."""
+        body, nodeid = check.body, slot.nodeid
+        if body is None or slot.length < fuse.OPEN_OUT.size:
+            self._listings.forget(nodeid)
+            return
+        raw = body[_SIGNATURE : _SIGNATURE + SIGNATURE_SIZE]
+        if self._listings.is_unchanged(nodeid, raw) and self._names.is_known(nodeid, monotonic()):
+            flags = _CACHE_DIR | _KEEP_CACHE
+        else:
+            flags = _CACHE_DIR if self._listings.begin(nodeid, raw, time_ns()) else 0
+        at = slot.data_at + _OPEN_FLAGS_AT
+        _U32.pack_into(self._map, at, _U32.unpack_from(self._map, at)[0] | flags)
+        self._park(nodeid, body, check)
+
+    def _park(self, nodeid: int, body: bytes, check: OpenCheck) -> None:
+        """Keep the answer to the question that the kernel may have next."""
+        if check.version == self._begun == self._ended:
             if len(self._parked) >= _PARKED:
                 self._parked.clear()
-            self._parked[slot.nodeid] = body, check.sent
-        return verdict
+            self._parked[nodeid] = body, check.sent
 
     def decide(self, slot: Slot, check: OpenCheck) -> int:
         """Say in an open's answer who reads and writes; return 0, or the errno to fail with."""
@@ -262,9 +298,15 @@ class OpenChecks:
         left = self._attr_ns - age
         return (body, left) if age < _PARKED_NS and left > 0 else None
 
+    def unpark(self, nodeid: int) -> None:
+        """The node is about to change, at the host, a little: its time of access."""
+        if self._parked:
+            self._parked.pop(nodeid, None)
+
     def forget(self, nodeid: int) -> None:
         """The kernel forgets the node, or throws away what it knows of its contents."""
         self._parked.pop(nodeid, None)
+        self._listings.forget(nodeid)
         if self.fresh is not None:
             self.fresh.forget(nodeid)
 

@@ -73,7 +73,7 @@ class Parts:
             self.passthrough = Passthrough(loan, window, BackingFiles(dev_fuse), pass_from)
         self.memory = Memory(policy)
         self.kernel = KernelPort(dev_fuse)
-        self.opens = OpenChecks(loan, policy, self.passthrough)
+        self.opens = OpenChecks(loan, policy, self.memory.names, self.passthrough)
         self.device = DevicePort(loan, orders, self.opens)
         self.late = LateReplies(loan, self.kernel, self.device, self.forget, self.memory.released)
         self.answers = Answers(loan, policy, self.kernel, self.opens, self.late, self.memory.xattrs)

@@ -52,6 +52,8 @@ def make_routes(parts: Parts) -> list[Route]:
         _local(routes, {Opcode.FLUSH: handles.flush})
     if parts.policy.revalidate or parts.passthrough is not None:
         _special(routes, {Opcode.OPEN: handles.open})
+    if parts.policy.revalidate and not parts.policy.dir_timeout:
+        _special(routes, {Opcode.OPENDIR: handles.opendir})
     if parts.passthrough is not None:
         _add_passed(routes, PassedHandleRules(parts, handles), flushes=parts.terms.quiet_flush)
     # The kernel writes pages back in all modes: maps that are shared can be had in ``none`` too.
@@ -98,6 +100,7 @@ def _add_always(
         Opcode.DESTROY: known.unexpected,  # only fuseblk mounts send it
     }
     special: dict[Opcode, Handler] = {
+        Opcode.READDIR: known.list_names,
         Opcode.READDIRPLUS: known.list,
         Opcode.RELEASE: handles.release,
         Opcode.RELEASEDIR: handles.post,
