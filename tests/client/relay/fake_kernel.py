@@ -59,10 +59,12 @@ class Stage:
         self._sock = sock
         self._unique = 0
 
-    def send(self, opcode: int, nodeid: int = 1, body: bytes = b"", pid: int = 0) -> int:
+    def send(
+        self, opcode: int, nodeid: int = 1, body: bytes = b"", pid: int = 0, uid: int = 0
+    ) -> int:
         """Send a request; returns its unique."""
         self._unique += 2
-        self._sock.send(fuse.encode_request(opcode, self._unique, nodeid, body, pid=pid))
+        self._sock.send(fuse.encode_request(opcode, self._unique, nodeid, body, pid=pid, uid=uid))
         return self._unique
 
     def interrupt(self, unique: int) -> None:

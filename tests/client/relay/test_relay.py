@@ -316,31 +316,6 @@ async def test_an_absent_capability_is_asked_for_once() -> None:
         assert asked.count(Opcode.GETXATTR) == 3
 
 
-async def test_set_id_bits_go_before_the_write_that_clears_them() -> None:
-    order = []
-
-    def serve(request: DeviceRequest) -> None:
-        opcode = request.header.opcode
-        order.append(opcode)
-        if opcode == Opcode.GETATTR:
-            mode = ATTR._replace(mode=0o104755)
-            request.reply(fuse.ATTR_OUT.pack(fuse.AttrOut(0, 0, mode)))
-        elif opcode == Opcode.SETATTR:
-            assert fuse.decode_request(request.data).args.mode == 0o755
-            request.reply(fuse.ATTR_OUT.pack(fuse.AttrOut(0, 0, ATTR)))
-        else:
-            request.reply(fuse.WRITE_OUT.values(4))
-
-    by_somebody = fuse.WRITE_IN.values(1, 0, 4, fuse.WriteFlag.KILL_SUIDGID, 0, 0) + b"data"
-    by_root = fuse.WRITE_IN.values(1, 0, 4, 0, 0, 0) + b"data"
-    async with on_stage(serve, NONE, clears_set_id=False) as stage:
-        await stage.call(Opcode.GETATTR, 9, bytes(16))
-        for body in (by_root, by_somebody, by_somebody):
-            assert (await stage.call(Opcode.WRITE, 9, body)).errno == 0
-
-    assert order == [Opcode.GETATTR, Opcode.WRITE, Opcode.SETATTR, Opcode.WRITE, Opcode.WRITE]
-
-
 # --- interrupts ---
 
 LOCK = fuse.LkIn(3, 1234, 0, 9, LockType.WRITE, 77, 0)

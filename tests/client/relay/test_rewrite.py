@@ -99,6 +99,9 @@ def test_what_the_kernel_can_alone_is_added() -> None:
     assert not flags & (InitFlag.POSIX_LOCKS | InitFlag.POSIX_ACL | InitFlag.WRITEBACK_CACHE)
 
 
+KINDS = InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2 | InitFlag.ATOMIC_O_TRUNC
+
+
 def test_writeback_needs_policy_and_daemon() -> None:
     policy = CachePolicy.for_mode("auto", writeback=True)
 
@@ -110,7 +113,7 @@ def test_writeback_needs_policy_and_daemon() -> None:
 @pytest.mark.parametrize(
     ("accepted", "expected"),
     [
-        (InitFlag(0), InitFlag(0)),
+        (InitFlag(0), InitFlag.HANDLE_KILLPRIV_V2),
         (InitFlag.HANDLE_KILLPRIV, InitFlag.HANDLE_KILLPRIV | InitFlag.ATOMIC_O_TRUNC),
         (
             InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2,
@@ -119,10 +122,15 @@ def test_writeback_needs_policy_and_daemon() -> None:
     ],
 )
 def test_set_id_bits_are_somebodys_business(accepted: InitFlag, expected: InitFlag) -> None:
-    """Without a daemon that clears them, an O_TRUNC must be a SETATTR, which the kernel sees to."""
-    kinds = InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2 | InitFlag.ATOMIC_O_TRUNC
+    """Where it is not the daemon's it is ours, and an O_TRUNC must be a SETATTR."""
+    assert told(EVERYTHING, accepted | InitFlag.ATOMIC_O_TRUNC) & KINDS == expected
 
-    assert told(EVERYTHING, accepted | InitFlag.ATOMIC_O_TRUNC) & kinds == expected
+
+def test_an_old_kernel_sees_to_set_id_bits_itself() -> None:
+    """But not of what an OPEN truncates."""
+    old = EVERYTHING & ~InitFlag.HANDLE_KILLPRIV_V2
+
+    assert told(old, InitFlag.ATOMIC_O_TRUNC) & KINDS == InitFlag(0)
 
 
 def test_limits_are_the_daemons() -> None:
@@ -346,25 +354,6 @@ def test_negative_entry() -> None:
 # --- set-id bits ---
 
 
-@pytest.mark.parametrize(
-    ("mode", "left"),
-    [
-        (0o104755, 0o755),
-        (0o106777, 0o777),
-        (0o102711, 0o711),
-        (0o102701, None),  # sgid without group execute is mandatory locking
-        (0o100755, None),
-        (0o042755, None),  # a folder's sgid is something else
-    ],
-)
-def test_what_a_write_leaves_of_a_mode(mode: int, left: int | None) -> None:
-    memory = SetIdMemory()
-    memory.see(42, mode)
-
-    assert memory.mode_to_set(42) == left
-    assert memory.mode_to_set(42) is None
-
-
 def test_modes_are_seen_in_all_replies_that_have_them() -> None:
     entry = ENTRY._replace(attr=ATTR._replace(mode=stat.S_IFREG | 0o4755))
     bodies = {
@@ -372,11 +361,13 @@ def test_modes_are_seen_in_all_replies_that_have_them() -> None:
         Opcode.GETATTR: fuse.ATTR_OUT.pack(fuse.AttrOut(0, 0, entry.attr)),
         Opcode.READDIRPLUS: fuse.encode_direntplus(entry, 9, 1, 8, b"name"),
         Opcode.CREATE: fuse.ENTRY_OUT.pack(entry) + fuse.OPEN_OUT.values(1, 0, 0),
+        Opcode.STATX: statx_reply(entry.attr.mode),
     }
     for opcode, body in bodies.items():
-        modes = SetIdMemory()
-        reply_rewriters(NONE, modes)[opcode](memory_with(body), AT, len(body), 42, AT - 256)
-        assert modes.mode_to_set(42) == 0o755, opcode.name
+        for policy in (NONE, CachePolicy.for_mode("host")):
+            modes = SetIdMemory()
+            reply_rewriters(policy, modes)[opcode](memory_with(body), AT, len(body), 42, AT - 256)
+            assert 42 in modes.suspects, opcode.name
 
 
 def test_who_writes() -> None:

@@ -6,9 +6,10 @@ The way of a request, and back:
     kernel, device      the two ends
     slots, rooms        where messages lie, and how much room they get
     routes, route       the table: what is done with which opcode, and by which function in
-    known, walkers,     ... requests that are answered, changed or noted on the way
+    known, walkers,     ... requests that are answered, changed, held or noted on the way
     handles, writes,
-    writeback, locks
+    set_id, writeback,
+    locks
     answers             replies
     rewrite, listings   what is changed in them
 

@@ -4,6 +4,7 @@ requests that take too long             reported, or failed (``channel.watchdog`
 callers that were interrupted           let go of when they are being killed (``interrupts``)
 FORGETs, and what undoes late replies   sent, in company or when there is room
 memory, and files that stay mapped      given back when there is nothing else to do
+files that may have set-id bits         forgotten as the kernel does (``set_id``)
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ class Caretaker:
         parts: Of the relay.
     """
 
-    __slots__ = ("_device", "_late", "_loan", "_pool", "_ring", "_set_ups")
+    __slots__ = ("_device", "_late", "_loan", "_pool", "_ring", "_set_id", "_set_ups")
 
     def __init__(self, parts: Parts) -> None:
         self._loan = parts.loan
         self._ring = parts.loan.requests.ring
         self._device = parts.device
         self._late = parts.late
+        self._set_id = parts.set_id
         self._set_ups = None if parts.passthrough is None else parts.passthrough.set_ups
         self._pool = parts.pool
 
@@ -73,6 +75,7 @@ class Caretaker:
         self._device.flush_forgets()
         self._device.send_undoing()
         self._late.interrupts.look()
+        self._set_id.tidy()
         overdue = set(self._loan.watchdog.examine(self._device.in_flight(), now))
         for slot in self._device.in_flight():
             if slot in overdue:

@@ -1,6 +1,6 @@
 """The relay's end of the virtqueues: handing slots over, kicks, FORGETs, and what waits for room.
 
-Requests of our own (those that undo, a SETATTR ahead of a write) are ordinary ``Pending``s; slots
+Requests of our own (those that undo, what takes set-id bits off) are ordinary ``Pending``s; slots
 are the kernel's. Both may be outstanding at once, and the queue keeps some descriptors for ours.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, Final
 
-from vfsmount.channel.inflight import ABANDONED, NEW, POSTED, SENT, Pending
+from vfsmount.channel.inflight import ABANDONED, NEW, POSTED, Pending
 from vfsmount.client.relay.slots import Slot
 from vfsmount.errors import ProtocolViolation
 from vfsmount.wire import fuse
@@ -40,16 +40,19 @@ class DevicePort:
     Attributes:
         posted: Requests handed over since the last kick that nobody waits for.
         stalled: Slots that found the ring full (of our own requests: there are slots enough).
-        undoing: Requests of our own that have found no room yet.
+        undoing: Requests of our own that have found no room yet, and that nobody waits for.
+        owed: The same, and somebody does.
+        held: Slots that wait for one of our own.
     """
 
     __slots__ = (
-        "_held",
         "_loan",
         "_map",
         "_opens",
         "_orders",
         "_queue",
+        "held",
+        "owed",
         "posted",
         "stalled",
         "undoing",
@@ -64,8 +67,8 @@ class DevicePort:
         self.posted = 0
         self.stalled: list[Slot] = []
         self.undoing: list[Pending] = []
-        #: Requests of our own, and the slot that waits for each.
-        self._held: dict[Pending, Slot] = {}
+        self.owed: list[Pending] = []
+        self.held: set[Slot] = set()
 
     def in_flight(self) -> list[Slot]:
         """Requests of the kernel that the device has, or that wait for one of ours there.
@@ -73,7 +76,7 @@ class DevicePort:
         Those answered already are included.
         """
         slots = [one for one in self._queue.outstanding() if isinstance(one, Slot)]
-        return slots + list(self._held.values()) + self._opens.waiting()
+        return slots + list(self.held) + self._opens.waiting()
 
     # --- slots ---
 
@@ -120,24 +123,17 @@ class DevicePort:
         self.posted = 0
         self._queue.kick()
 
-    def hold(self, slot: Slot, ahead: Pending) -> bool:
-        """Send a request of ours, and keep a slot until it is through; False without room."""
-        if not self._queue.submit(ahead):
-            return False
-        slot.state = SENT
-        self._held[ahead] = slot
-        return True
-
-    def unhold(self, ahead: Pending) -> Slot | None:
-        """A request of ours is through; return the slot that was kept and is abandoned by now."""
-        held = self._held.pop(ahead, None)
-        if held is not None and held.state != ABANDONED:
-            self.submit(held)
-            self._queue.kick()
-            return None
-        return held
-
     # --- requests of our own ---
+
+    def send_own(self, pending: Pending) -> None:
+        """Send a request that somebody waits for, now or as soon as there is room."""
+        if not self._queue.submit(pending):
+            self.owed.append(pending)
+
+    def send_owed(self) -> None:
+        """Send what found no room."""
+        while self.owed and self._queue.submit(self.owed[0]):
+            del self.owed[0]
 
     def undo(self, opcode: int, nodeid: int, body: bytes) -> None:
         """Send a request whose reply nobody reads, now or when there is room."""

@@ -23,7 +23,8 @@ __all__ = ["Terms", "flags_to_withdraw", "init_answer", "settled_terms", "why_no
 PAGE_SIZE: Final = 4096
 
 #: Accepted by both sides or by none, because they change the bytes of requests or who does what:
-#: struct sizes, extensions behind names, who masks modes, keeps sizes, and clears set-id bits.
+#: struct sizes, extensions behind names, who masks modes, keeps sizes, and clears set-id bits. With
+#: one exception: we have HANDLE_KILLPRIV_V2 where the daemon has not.
 SHARED_FLAGS: Final = (
     InitFlag.SETXATTR_EXT
     | InitFlag.SECURITY_CTX
@@ -122,7 +123,10 @@ def init_answer(
     if InitFlag.HANDLE_KILLPRIV_V2 in flags:
         flags &= ~InitFlag.HANDLE_KILLPRIV
     elif InitFlag.HANDLE_KILLPRIV not in flags:
-        # The kernel clears set-id bits itself then, but not of what an OPEN truncates.
+        # Without, the kernel asks for attributes before each chown, and for security.capability
+        # before each write. What the flag promises is done by us (``set_id``). A file that is
+        # opened to be truncated is opened like any other first, and checked, then it has a SETATTR.
+        flags |= InitFlag.HANDLE_KILLPRIV_V2 & offered
         flags &= ~InitFlag.ATOMIC_O_TRUNC
     if passthrough:
         flags |= InitFlag.PASSTHROUGH
@@ -153,7 +157,7 @@ class Terms:
 
     Attributes:
         max_message: Bytes of the largest READ or WRITE.
-        clears_set_id: The daemon takes set-id bits off when a WRITE says so.
+        clears_set_id: The daemon takes set-id bits off when it is told.
         quiet_flush: A FLUSH means nothing to the daemon but "tell me of errors in writing", and "I
             give my locks up". Then one that says neither is answered by the relay.
         keeps_locks: The daemon has POSIX locks of ours.

@@ -33,7 +33,7 @@ import struct
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Final
 
-from vfsmount.channel.inflight import DONE, POSTED, Pending
+from vfsmount.channel.inflight import ABANDONED, DONE, POSTED, Pending
 from vfsmount.channel.rings import PollBudget
 from vfsmount.client.relay.caretaker import Caretaker
 from vfsmount.client.relay.kernel import ENDED
@@ -86,6 +86,7 @@ class Loop:
         "_pool",
         "_queue",
         "_routes",
+        "_set_id",
         "_set_ups",
         "_sleeper",
         "_spare",
@@ -97,6 +98,7 @@ class Loop:
         self._orders, self._sleeper, self._pool = parts.orders, parts.sleeper, parts.pool
         self._kernel, self._device, self._opens = parts.kernel, parts.device, parts.opens
         self._late, self._answers = parts.late, parts.answers
+        self._set_id = parts.set_id
         self._set_ups = None if parts.passthrough is None else parts.passthrough.set_ups
         self._caretaker = Caretaker(parts)
         self._routes = make_routes(parts)
@@ -346,6 +348,8 @@ class Loop:
             budget.hits += 1
         if self._device.stalled:
             self._device.retry_stalled()
+        if self._device.owed:
+            self._device.send_owed()
         if self._answers.counted_ns > self._due_ns:
             self._look_after(idle=False)
 
@@ -381,17 +385,30 @@ class Loop:
         self._give_back(slot)
 
     def _finish_own(self, pending: Pending) -> None:
-        """A request of our own is through; a write or an open may have waited for it."""
+        """A request of our own is through; somebody may have waited for it."""
         if type(pending) is Question:
             ready = self._opens.answered(pending)
             if ready is not None:
                 self._finish(ready)
             return
         opened = self._opens.learned(pending)
+        cleared, error = self._set_id.learned(pending)
         self._loan.arena.free(pending.block)
         for slot in opened:
             self._finish(slot)
-        abandoned = self._device.unhold(pending)
-        if abandoned is not None:
+        for slot in cleared:
+            self._go_on(slot, error)
+
+    def _go_on(self, slot: Slot, error: int) -> None:
+        """A request was held, and goes to the device now, unless it has failed or been answered."""
+        if not error and slot.state != ABANDONED:
+            self._device.submit(slot)
+            self._device.kick()
+            return
+        if slot.route.changes:
             self._opens.end_change()
-            self._give_back(abandoned)
+        if slot.state != ABANDONED:
+            self._answers.fail(slot, error)
+        slot.check = None
+        slot.answers = 0
+        self._give_back(slot)

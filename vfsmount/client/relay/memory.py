@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import stat
 import struct
+from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from vfsmount.cache.known_names import KnownNames
@@ -19,16 +20,21 @@ from vfsmount.wire import fuse
 
 if TYPE_CHECKING:
     import mmap
+    from collections.abc import Callable
 
     from vfsmount.cache.policy import CachePolicy
 
-__all__ = ["Memory", "SetIdMemory", "flags_of_write"]
+__all__ = ["Memory", "SetIdMemory", "flags_of_write", "mode_left"]
 
 _IN: Final = fuse.IN_HEADER.size
 _U32: Final = struct.Struct("<I")
 
 _SET_ID: Final = stat.S_ISUID | stat.S_ISGID
 _WRITE_FLAGS_AT: Final = _IN + 20
+#: Files with set-id bits that are not many.
+_FEW: Final = 1024
+#: Seconds after which the kernel has surely done with a reply what it does.
+_TAKEN_IN: Final = 60.0
 
 
 class Memory:
@@ -38,7 +44,7 @@ class Memory:
         policy: What the kernel may believe.
 
     Attributes:
-        modes: Files with set-id bits.
+        modes: Files that may have set-id bits; without any where the daemon sees to those.
         xattrs: Extended attributes that files do not have.
         names: Directories of which the kernel knows the names.
         walkers: Who lists and looks at nothing.
@@ -64,7 +70,6 @@ class Memory:
     def forget(self, nodeid: int) -> None:
         """References to a node are given back."""
         self.xattrs.forget(nodeid)
-        self.modes.drop(nodeid)
         self.names.clear()
         self.walkers.forget(nodeid)
         if self.unwritten is not None:
@@ -93,39 +98,58 @@ def flags_of_write(memory: mmap.mmap, at: int) -> int:
 
 
 class SetIdMemory:
-    """Which files have set-id bits that somebody's write would clear, as last seen.
+    """Which files may have set-id bits that somebody's write would clear.
 
-    The kernel leaves that to the daemon for direct writes, even to one without HANDLE_KILLPRIV_V2,
-    and virtiofsd (Rust) then does nothing. So the bits are taken off before such a write is passed
-    on. Nearly always there is nothing here.
+    A reply that shows bits makes a file suspect, and nothing but a look of our own clears it: that
+    another reply shows none says little, as it may be older. Nearly always there is nothing here.
+
+    Attributes:
+        suspects: By node, when the bits were last seen, ``monotonic`` seconds; 0 while the file is
+            being looked into, and nothing was seen since.
     """
 
-    __slots__ = ("_modes",)
+    __slots__ = ("_limit", "suspects")
 
     def __init__(self) -> None:
-        self._modes: dict[int, int] = {}
+        self.suspects: dict[int, float] = {}
+        self._limit = _FEW
 
     def see(self, nodeid: int, mode: int) -> None:
-        """The daemon says so of a node."""
+        """The daemon says so of a node, and the kernel may hear it."""
         if mode & _SET_ID and stat.S_ISREG(mode):
-            self._modes[nodeid] = mode
-        elif self._modes:
-            self._modes.pop(nodeid, None)
+            self.suspects[nodeid] = monotonic()
 
-    def drop(self, nodeid: int) -> None:
-        """The node is forgotten."""
-        if self._modes:
-            self._modes.pop(nodeid, None)
+    def look_into(self, nodeid: int) -> None:
+        """The daemon is asked what a suspect has."""
+        self.suspects[nodeid] = 0.0
 
-    def mode_to_set(self, nodeid: int) -> int | None:
-        """Return the mode that a write leaves (``file_remove_privs``), None when that is the same.
+    def looked_into(self, nodeid: int, *, is_clean: bool) -> None:
+        """It has said so, or failed to."""
+        if is_clean and not self.suspects.get(nodeid):
+            self.suspects.pop(nodeid, None)
 
-        It counts as set from now on.
+    def tidy(self, knows: Callable[[int], bool]) -> None:
+        """Forget files that the kernel has forgotten, once they are many.
+
+        It alone knows: a FORGET need not give all references back.
+
+        Args:
+            knows: Asks the kernel whether it knows a node.
         """
-        mode = self._modes.pop(nodeid, None)
-        if mode is None:
-            return None
-        kept = mode & ~stat.S_ISUID
-        if kept & stat.S_IXGRP:  # without, sgid means mandatory locking and stays
-            kept &= ~stat.S_ISGID
-        return stat.S_IMODE(kept) if kept != mode else None
+        if len(self.suspects) <= self._limit:
+            return
+        before = monotonic() - _TAKEN_IN
+        for nodeid in [nodeid for nodeid, seen in self.suspects.items() if seen < before]:
+            if not knows(nodeid):
+                del self.suspects[nodeid]
+        self._limit = max(_FEW, 2 * len(self.suspects))
+
+
+def mode_left(mode: int) -> int | None:
+    """Return the permissions that a write leaves (``file_remove_privs``), None when that is all."""
+    if not stat.S_ISREG(mode):
+        return None
+    kept = mode & ~stat.S_ISUID
+    if kept & stat.S_IXGRP:  # without, sgid means mandatory locking and stays
+        kept &= ~stat.S_ISGID
+    return stat.S_IMODE(kept) if kept != mode else None

@@ -13,6 +13,7 @@ from vfsmount.client.relay.memory import Memory
 from vfsmount.client.relay.opens import OpenChecks
 from vfsmount.client.relay.passthrough import Passthrough
 from vfsmount.client.relay.rooms import largest_request
+from vfsmount.client.relay.set_id import SetIdBits
 from vfsmount.client.relay.sleeper import Sleeper
 from vfsmount.client.relay.slots import SlotPool
 
@@ -46,6 +47,7 @@ class Parts:
         device: The other.
         memory: What is remembered of files.
         opens: What OPENs wait for.
+        set_id: Takes set-id bits off.
         late: Requests answered before their time.
         answers: Replies.
     """
@@ -75,6 +77,7 @@ class Parts:
         self.kernel = KernelPort(dev_fuse)
         self.opens = OpenChecks(loan, policy, self.memory.names, self.passthrough)
         self.device = DevicePort(loan, orders, self.opens)
+        self.set_id = SetIdBits(loan, self.device, self.kernel, self.opens, self.memory.modes)
         self.late = LateReplies(loan, self.kernel, self.device, self.forget, self.memory.released)
         self.answers = Answers(loan, policy, self.kernel, self.opens, self.late, self.memory.xattrs)
 

@@ -9,8 +9,8 @@ the complete list of exceptions:
 * A handle that cannot write wants no FLUSH, and one that has written nothing gets none, where the
   daemon has no locks to give up at a FLUSH.
 * "No such name" becomes a negative entry where the policy remembers absence (``negative_entry``).
-* Set-id bits are taken off before a write that must clear them, where the daemon will not
-  (``memory``).
+* Where the daemon does not clear set-id bits, they are taken off before a request that must clear
+  them, and FATTR_KILL_SUIDGID does not reach it (``set_id``).
 * After a short WRITE of the kernel's pages, which it would not notice, the rest is sent again
   (``TookPart``); the daemon says then why it takes no more.
 * Below the kernel's write-back a WRITE of its pages that fails has succeeded for the kernel, and
@@ -25,7 +25,7 @@ the complete list of exceptions:
   who lists and looks at nothing (``walkers``).
 * To find that out, attributes of one file in a listing get no validity (``walkers``).
 * Extended attributes that are known to be absent are answered from memory (``cache.xattrs``), above
-  all ``security.capability``, for which the kernel asks before each write.
+  all ``security.capability``, for which the kernel asks before it writes to a file.
 
 The room for each reply follows from the request (``rooms``). Rewriters get shared memory
 that the daemon can still write to. They only ever store the policy's own values at offsets that lie
@@ -82,12 +82,14 @@ _MODE_AT: Final = 76  # of attr_out: 16 and 60
 _ENTRY_MODE: Final = struct.Struct("<Q92xI").unpack_from  # entry_out: nodeid, and mode at 100
 _U32: Final = struct.Struct("<I")
 _PUT_U32: Final = _U32.pack_into
+_U16: Final = struct.Struct("<H").unpack_from
 #: Offsets of the byte of ``mode`` that has the file's type, and of ``blksize``.
 _ENTRY_TYPE_AT: Final = 101
 _ENTRY_BLKSIZE_AT: Final = 120
 _ATTR_TYPE_AT: Final = 77
 _ATTR_BLKSIZE_AT: Final = 96
 _STATX_TYPE_AT: Final = 61
+_STATX_MODE_AT: Final = 60
 _STATX_BLKSIZE_AT: Final = 36
 _REGULAR: Final = stat.S_IFREG >> 12
 _DIRECTORY: Final = stat.S_IFDIR >> 12
@@ -182,8 +184,7 @@ def reply_rewriters(
         attributes = _of_attributes(policy, modes, fresh)
         table |= dict.fromkeys((Opcode.GETATTR, Opcode.SETATTR), attributes)
         table[Opcode.READDIRPLUS] = _of_listing(policy, modes, fresh)
-    if not policy.from_host:
-        table[Opcode.STATX] = _of_statx(policy)
+        table[Opcode.STATX] = _of_statx(policy, modes)
     return {int(opcode): rewriter for opcode, rewriter in table.items()}
 
 
@@ -302,16 +303,18 @@ def _of_attributes(
     return rewrite
 
 
-def _of_statx(policy: CachePolicy) -> Rewriter:
-    valid = _ATTR_VALID.pack(*_split(policy.attr_timeout))
+def _of_statx(policy: CachePolicy, modes: SetIdMemory | None) -> Rewriter:
+    valid, from_host = _ATTR_VALID.pack(*_split(policy.attr_timeout)), policy.from_host
 
-    def rewrite(memory: mmap.mmap, at: int, length: int, _nodeid: int, _request: int) -> None:
+    def rewrite(memory: mmap.mmap, at: int, length: int, nodeid: int, _request: int) -> None:
         if length < fuse.STATX_OUT.size:
             return
-        if memory[at : at + _ATTR_VALID.size] != valid:
+        if memory[at : at + _ATTR_VALID.size] != valid and not from_host:
             memory[at : at + _ATTR_VALID.size] = valid
-        if memory[at + _STATX_TYPE_AT] >> 4 == _REGULAR:
+        if memory[at + _STATX_TYPE_AT] >> 4 == _REGULAR and not from_host:
             _PUT_U32(memory, at + _STATX_BLKSIZE_AT, IO_SIZE)
+        if modes is not None:
+            modes.see(nodeid, _U16(memory, at + _STATX_MODE_AT)[0])
 
     return rewrite
 

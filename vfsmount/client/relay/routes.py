@@ -5,6 +5,7 @@ What is not in the tables here is handed on as it stands. The functions are in f
     known        what is remembered, and forgotten: attributes, listings, FORGET; with walkers
     handles      OPEN, CREATE, FLUSH, RELEASE; and the same where files are passed through
     writes       what writes
+    set_id       what clears set-id bits, where the daemon does not
     writeback    what is different below the kernel's write-back
     locks        locks, and INTERRUPT
 """
@@ -21,6 +22,7 @@ from vfsmount.client.relay.opens import CHANGES
 from vfsmount.client.relay.rewrite import judge_write_back, reply_rewriters
 from vfsmount.client.relay.rooms import named_rooms, small_rooms
 from vfsmount.client.relay.route import Route
+from vfsmount.client.relay.set_id import SetIdRules
 from vfsmount.client.relay.slots import SMALL_REPLY
 from vfsmount.client.relay.writeback import WritebackRules
 from vfsmount.client.relay.writes import WriteRules
@@ -54,6 +56,8 @@ def make_routes(parts: Parts) -> list[Route]:
         _special(routes, {Opcode.OPEN: handles.open})
     if parts.policy.revalidate and not parts.policy.dir_timeout:
         _special(routes, {Opcode.OPENDIR: handles.opendir})
+    if not parts.terms.clears_set_id:
+        _add_set_id(routes, SetIdRules(parts))
     if parts.passthrough is not None:
         _add_passed(routes, PassedHandleRules(parts, handles), flushes=parts.terms.quiet_flush)
     # The kernel writes pages back in all modes: maps that are shared can be had in ``none`` too.
@@ -111,6 +115,18 @@ def _add_always(
     for opcode in _XATTR_CHANGES:
         routes[opcode].rewrite = known.xattr_changed
     routes[Opcode.READDIRPLUS].failed = known.list_failed
+
+
+def _add_set_id(routes: list[Route], rules: SetIdRules) -> None:
+    """Files whose set-id bits are ours to clear."""
+    _special(
+        routes,
+        {
+            Opcode.SETATTR: rules.setattr,
+            Opcode.FALLOCATE: rules.fallocate,
+            **dict.fromkeys(_COPIES, rules.copy),
+        },
+    )
 
 
 def _add_passed(routes: list[Route], passed: PassedHandleRules, *, flushes: bool) -> None:

@@ -1,15 +1,13 @@
-"""Requests that write: what is noted, and what has to be sent ahead."""
+"""Requests that write: what is noted of them, and whether they have to wait for set-id bits."""
 
 from __future__ import annotations
 
 import struct
 from typing import TYPE_CHECKING, Final
 
-from vfsmount.channel.inflight import Pending
 from vfsmount.client.relay.memory import flags_of_write
-from vfsmount.client.session import setattr_in
 from vfsmount.wire import fuse
-from vfsmount.wire.fuse import Opcode, WriteFlag
+from vfsmount.wire.fuse import WriteFlag
 
 if TYPE_CHECKING:
     from vfsmount.client.relay.parts import Parts
@@ -36,8 +34,8 @@ class WriteRules:
 
     def __init__(self, parts: Parts) -> None:
         self._map = parts.loan.memory.map
-        self._device = parts.device
-        self._modes = parts.memory.modes
+        self._suspects = parts.memory.modes.suspects
+        self._clear = parts.set_id.clear
         self._wrote = parts.memory.wrote
 
     def write(self, slot: Slot, at: int, size: int, nodeid: int) -> bool:
@@ -49,17 +47,7 @@ class WriteRules:
         flags = flags_of_write(self._map, at)
         if flags & _OF_PAGES:
             slot.route = self.of_pages
-        return bool(flags & _CLEARS_SET_ID) and self._must_wait_for_mode(slot, nodeid)
-
-    def _must_wait_for_mode(self, slot: Slot, nodeid: int) -> bool:
-        """Send a SETATTR ahead of a write that clears set-id bits; return whether there was one."""
-        mode = self._modes.mode_to_set(nodeid)
-        if mode is None:
-            return False
-        body = fuse.SETATTR_IN.pack(setattr_in(mode=mode))
-        ahead = Pending(Opcode.SETATTR, nodeid, body, None, fuse.ATTR_OUT.size, 0, 0, 0, 0, None)
-        # When the ring is full, the bits go with the next write.
-        return self._device.hold(slot, ahead)
+        return bool(self._suspects and flags & _CLEARS_SET_ID) and self._clear(slot, nodeid)
 
     def fallocate(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
         """FALLOCATE."""
