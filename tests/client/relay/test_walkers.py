@@ -197,6 +197,19 @@ async def test_a_change_on_its_way_makes_it_unsure(first: Opcode) -> None:
         assert (await ask(stage, 1000)).attr.size == 5
 
 
+async def test_a_change_that_takes_long_makes_it_unsure() -> None:
+    tree = Tree()
+    tree.keep = {int(Opcode.SETATTR)}
+    async with on_stage(tree, LONG) as stage:
+        unique = stage.send(Opcode.SETATTR, 10, bytes(88), ME)
+        await tree.wait_kept(1)
+        await list_one(stage, 10)
+        tree.size = 5
+        assert (await ask(stage, 1000)).attr.size == 5
+        tree.answer(tree.kept[0])
+        assert (await stage.receive()).unique == unique
+
+
 async def test_an_open_ends_it() -> None:
     """Also one that has not found out what the file is like."""
     tree = Tree()
