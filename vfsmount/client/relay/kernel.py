@@ -25,6 +25,7 @@ __all__ = ["ENDED", "KernelPort"]
 ENDED: Final = frozenset((errno.ENODEV, errno.ECONNABORTED))
 
 _OUT: Final = fuse.OUT_HEADER.size
+_OUT_HEADER: Final = struct.Struct("<IiQ").pack
 _PUT_OUT_HEADER: Final = struct.Struct("<IiQ").pack_into
 
 
@@ -67,6 +68,6 @@ class KernelPort:
     def answer_body(self, unique: int, body: bytes) -> None:
         """Answer a request with a body of our own."""
         try:
-            self.write(fuse.OUT_HEADER.values(_OUT + len(body), 0, unique) + body)
+            self.write(_OUT_HEADER(_OUT + len(body), 0, unique) + body)
         except OSError:
             return  # as above

@@ -377,7 +377,11 @@ class Loop:
     def _settle(self, slot: Slot) -> None:
         """The device has answered what nobody waits for."""
         if slot.state == POSTED:
-            self._answers.count(slot)
+            counter = slot.route.counter
+            if counter is None or slot.errno:
+                self._answers.count(slot)
+            else:
+                counter.add(perf_counter_ns() - slot.started_ns)
         else:
             self._late.undo(slot)
         slot.check = None
