@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 import threading
 from collections import Counter
@@ -314,6 +315,24 @@ async def test_an_absent_capability_is_asked_for_once() -> None:
         stage.send(Opcode.FORGET, 9, fuse.FORGET_IN.values(1))
         await stage.call(Opcode.GETXATTR, 9, CAPABILITY)
         assert asked.count(Opcode.GETXATTR) == 3
+
+
+@pytest.mark.parametrize(("flags", "asks"), [(os.O_EXCL, False), (0, True)])
+async def test_a_file_that_had_to_be_new_has_no_capability(flags: int, asks: bool) -> None:
+    asked = []
+
+    def serve(request: DeviceRequest) -> None:
+        if request.header.opcode == Opcode.CREATE:
+            request.reply(ENTRY + fuse.OPEN_OUT.values(1, 0, 0))
+            return
+        asked.append(request.header.nodeid)
+        request.reply(error=-errno.ENODATA)
+
+    async with on_stage(serve, CachePolicy.for_mode("always")) as stage:
+        await stage.call(Opcode.GETXATTR, 9, CAPABILITY)  # attributes are served
+        await stage.call(Opcode.CREATE, 1, fuse.CREATE_IN.values(flags, 0o644, 0, 0) + b"new\0")
+        assert (await stage.call(Opcode.GETXATTR, 42, CAPABILITY)).errno == errno.ENODATA
+    assert asked == [9, 42][: 1 + asks]
 
 
 # --- interrupts ---

@@ -360,6 +360,19 @@ def test_chown_asks_for_no_attributes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DAEMON_PARAMS)
+def test_new_files_are_not_asked_about(name: str) -> None:
+    with place(name, "auto", "--timeout", "600") as here:
+        (here.path / "first").write_bytes(b"content")  # tells that attributes are served
+        before = messages(here.mount)
+        for number in range(20):
+            with (here.path / f"file{number}").open("xb") as file:
+                file.write(b"content")
+        sent = messages(here.mount) - before
+    assert sent["WRITE"] == 20
+    assert sent["GETXATTR"] == 0, sent
+
+
+@pytest.mark.parametrize("name", DAEMON_PARAMS)
 def test_writes_ask_for_capabilities_at_most_once(name: str) -> None:
     """Without validity nothing is answered from memory: what the kernel asks is what is sent."""
     with (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import struct
 from time import monotonic, perf_counter_ns
 from typing import TYPE_CHECKING, Final
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import mmap
 
     from vfsmount.client.relay.parts import Parts
+    from vfsmount.client.relay.rewrite import Rewriter
     from vfsmount.client.relay.slots import Slot
 
 __all__ = ["KnownRules"]
@@ -29,6 +31,8 @@ _U32: Final = struct.Struct("<I").unpack_from
 _U64: Final = struct.Struct("<Q").unpack_from
 _PUT_VALID: Final = struct.Struct("<QI").pack_into
 _OPCODE_AT: Final = 4
+_ENTRY: Final = fuse.ENTRY_OUT.size
+_CAPABILITY: Final = b"security.capability"
 _FORGET_ONE: Final = struct.Struct("<QQ").unpack_from
 
 
@@ -93,6 +97,25 @@ class KnownRules:
     ) -> None:
         """As a rewriter: a change is through."""
         self._xattrs.changed(nodeid)
+
+    def created(self, then: Rewriter) -> Rewriter:
+        """Return a rewriter of CREATE that sees new files: they have no capabilities.
+
+        The kernel asks before it first writes to one. Only a file that had to be new (O_EXCL)
+        surely is; and where nothing was ever found absent, nobody serves attributes.
+
+        Args:
+            then: What is done besides.
+        """
+        xattrs = self._xattrs
+
+        def rewrite(memory: mmap.mmap, at: int, length: int, nodeid: int, request: int) -> None:
+            then(memory, at, length, nodeid, request)
+            if len(xattrs) and length >= _ENTRY and _U32(memory, request + _IN)[0] & os.O_EXCL:
+                now = perf_counter_ns() / 1e9
+                xattrs.note_absent(_U64(memory, at)[0], _CAPABILITY, now, xattrs.changes)
+
+        return rewrite
 
     def list(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
         """READDIRPLUS: ask for names alone, if they are enough."""

@@ -114,6 +114,9 @@ def _add_always(
     _special(routes, special)
     for opcode in _XATTR_CHANGES:
         routes[opcode].rewrite = known.xattr_changed
+    created = routes[Opcode.CREATE].rewrite
+    if created is not None and parts.policy.attr_timeout:
+        routes[Opcode.CREATE].rewrite = known.created(created)
     routes[Opcode.READDIRPLUS].failed = known.list_failed
 
 
