@@ -94,6 +94,22 @@ def test_walkers_know_nothing_of_each_other() -> None:
     assert plans(walkers, 1, OTHER) == [Plan.ALL]
 
 
+def test_names_are_enough_for_the_next_walker_too() -> None:
+    walkers = Walkers(1.0)
+    plans(walkers, 3)
+    assert not walkers.is_enough(OTHER, 3, 10.5), "nobody knows yet"
+    plans(walkers, 2, OTHER, start=50)
+    assert walkers.is_enough(OTHER, 3, 10.9)
+    assert not walkers.is_enough(OTHER, 2, 10.5), "which has been listed in full"
+    assert not walkers.is_enough(OTHER, 3, 11.0), "as long as they may be believed"
+    for _ in range(2):
+        walkers.looked_up(3, 10.5)
+
+    assert plans(walkers, 1, ME) == [Plan.NAMES]
+    assert plans(walkers, 1, OTHER) == [Plan.ALL], "who has had them last is who looks"
+    assert not walkers.is_enough(OTHER, 1, 10.5)
+
+
 def test_threads_from_elsewhere_get_all() -> None:
     assert set(plans(Walkers(1.0), 6, pid=0)) == {Plan.ALL}
 
@@ -133,7 +149,7 @@ class Anything(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.walkers = Walkers(1.0, limit=4)
+        self.walkers = Walkers(1.0, limit=4, directories=6)
         self.now = 10.0
 
     @rule(pid=st.integers(0, 8), directory=st.integers(1, 9), sets=st.booleans())
@@ -145,6 +161,10 @@ class Anything(RuleBasedStateMachine):
     def looks(self, nodeid: int) -> None:
         self.walkers.asked(nodeid, self.now)
         self.walkers.looked_up(nodeid, self.now)
+
+    @rule(pid=st.integers(0, 8), directory=st.integers(1, 9))
+    def opens(self, pid: int, directory: int) -> None:
+        self.walkers.is_enough(pid, directory, self.now)
 
     @rule(nodeid=st.integers(1, 19))
     def forgets(self, nodeid: int) -> None:

@@ -94,12 +94,19 @@ class _Told:
         self.lookups = 0
 
 
+def _bound(table: dict[int, _Walker] | dict[int, Sentinel] | dict[int, _Told], limit: int) -> None:
+    """Give up the oldest of a table that has got one more."""
+    if len(table) > limit:
+        del table[next(iter(table))]
+
+
 class Walkers:
     """All walkers that are remembered, and what is watched of them; bounded.
 
     Args:
         valid: Seconds that the kernel believes names and attributes; 0 has all listed in full.
-        limit: Most walkers, sentinels and directories, each.
+        limit: Most walkers, and most sentinels.
+        directories: Most directories; 200 bytes each.
 
     Attributes:
         sentinels: By nodeid; to be looked into by others, as is ``told``.
@@ -107,10 +114,11 @@ class Walkers:
         valid: As above.
     """
 
-    __slots__ = ("_limit", "_walkers", "sentinels", "told", "valid")
+    __slots__ = ("_directories", "_limit", "_walkers", "sentinels", "told", "valid")
 
-    def __init__(self, valid: float, limit: int = 64) -> None:
+    def __init__(self, valid: float, limit: int = 64, directories: int = 1 << 12) -> None:
         self.valid = valid
+        self._directories = directories
         self._limit = limit
         self._walkers: dict[int, _Walker] = {}
         self.sentinels: dict[int, Sentinel] = {}
@@ -128,7 +136,7 @@ class Walkers:
             return Plan.ALL
         walker = self._walkers.pop(pid, None) or _Walker()
         self._walkers[pid] = walker
-        self._bound(self._walkers)
+        _bound(self._walkers, self._limit)
         if walker.trusted:
             walker.trusted -= 1
             return Plan.ALL
@@ -136,8 +144,19 @@ class Walkers:
             return Plan.WATCHED
         self.told.pop(directory, None)
         self.told[directory] = _Told(pid, now + self.valid)
-        self._bound(self.told)
+        _bound(self.told, self._directories)
         return Plan.NAMES
+
+    def is_enough(self, pid: int, directory: int, now: float) -> bool:
+        """Whether the names that were given to some walker are enough for who opens the directory.
+
+        They are for another that looks at nothing, as long as they may be believed.
+        """
+        walker, told = self._walkers.get(pid), self.told.get(directory)
+        if walker is None or told is None or walker.unseen < _UNSEEN or now >= told.until:
+            return False
+        told.pid, told.lookups = pid, 0
+        return True
 
     def placed(self, nodeid: int, sentinel: Sentinel) -> None:
         """Take note of a sentinel in the reply to a listing."""
@@ -148,7 +167,7 @@ class Walkers:
             walker.unseen = min(walker.unseen + 1, _UNSEEN)
         self.sentinels.pop(nodeid, None)
         self.sentinels[nodeid] = sentinel
-        self._bound(self.sentinels)
+        _bound(self.sentinels, self._limit)
 
     def asked(self, nodeid: int, now: float) -> Sentinel | None:
         """Return the sentinel that somebody looks at, if it is one in its time; it is none now."""
@@ -178,15 +197,11 @@ class Walkers:
         if walker is not None:
             walker.unseen, walker.trusted = 0, _TRUSTED
 
-    def _bound(self, table: dict[int, _Walker] | dict[int, Sentinel] | dict[int, _Told]) -> None:
-        """Give up the oldest of a table that has got one more."""
-        if len(table) > self._limit:
-            del table[next(iter(table))]
-
     def check_invariants(self) -> None:
         """Raise AssertionError unless all keeps within its bounds."""
-        for table in (self._walkers, self.sentinels, self.told):
-            assert len(table) <= self._limit
+        assert len(self._walkers) <= self._limit
+        assert len(self.sentinels) <= self._limit
+        assert len(self.told) <= self._directories
         for walker in self._walkers.values():
             assert 0 <= walker.unseen <= _UNSEEN
             assert 0 <= walker.trusted <= _TRUSTED

@@ -18,7 +18,8 @@ here). A change that was on its way when we asked might or might not be in the a
 nothing is parked. Nor is anything while the kernel writes to the file without our seeing it.
 
 A directory that is opened is asked about likewise. Where it is unchanged, and the kernel knows what
-its names stand for, too, the kernel takes the names from the listing that it has kept.
+its names stand for, too, or who opens it does not care, the kernel takes the names from the listing
+that it has kept.
 
 With DAX an open waits for its backing file as well (``passthrough``), in every mode.
 """
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from vfsmount.cache.freshness import Verdict
     from vfsmount.cache.known_names import KnownNames
     from vfsmount.cache.policy import CachePolicy
+    from vfsmount.cache.walkers import Walkers
     from vfsmount.channel.inflight import Pending
     from vfsmount.channel.loan import Loan
     from vfsmount.client.relay.passthrough import Passthrough
@@ -64,6 +66,7 @@ CHANGES: Final = frozenset(
 
 _IN: Final = fuse.IN_HEADER.size
 _U32: Final = struct.Struct("<I")
+_PID_AT: Final = 32  # of fuse_in_header
 _OPEN_FLAGS_AT: Final = 8
 _SIGNATURE: Final = 16 + SIGNATURE_AT
 _INVAL: Final = struct.Struct("<Qqq")  # fuse_notify_inval_inode_out: ino, off, len
@@ -118,6 +121,7 @@ class OpenChecks:
         loan: Where the GETATTRs go.
         policy: The cache policy; without ``revalidate`` nothing is checked.
         names: Directories of which the kernel knows the names.
+        walkers: Who looks at nothing in them.
         passthrough: Has backing files set up; None without DAX.
 
     Attributes:
@@ -129,11 +133,12 @@ class OpenChecks:
         loan: Loan,
         policy: CachePolicy,
         names: KnownNames,
+        walkers: Walkers,
         passthrough: Passthrough | None = None,
     ) -> None:
         self.passthrough = passthrough
         self.fresh = Freshness() if policy.revalidate else None
-        self._names = names
+        self._names, self._walkers = names, walkers
         self._listings = KeptListings()
         self._questions = Questions(loan)
         self._map = loan.memory.map
@@ -256,13 +261,21 @@ class OpenChecks:
             self._listings.forget(nodeid)
             return
         raw = body[_SIGNATURE : _SIGNATURE + SIGNATURE_SIZE]
-        if self._listings.is_unchanged(nodeid, raw) and self._names.is_known(nodeid, monotonic()):
+        if self._listings.is_unchanged(nodeid, raw) and self._is_listing_enough(slot):
             flags = _CACHE_DIR | _KEEP_CACHE
         else:
             flags = _CACHE_DIR if self._listings.begin(nodeid, raw, time_ns()) else 0
         at = slot.data_at + _OPEN_FLAGS_AT
         _U32.pack_into(self._map, at, _U32.unpack_from(self._map, at)[0] | flags)
         self._park(nodeid, body, check)
+
+    def _is_listing_enough(self, slot: Slot) -> bool:
+        """Whether names are enough: the kernel knows the rest, or who opens looks at nothing."""
+        now = monotonic()
+        if self._names.is_known(slot.nodeid, now):
+            return True
+        pid: int = _U32.unpack_from(self._map, slot.at + _PID_AT)[0]
+        return self._walkers.is_enough(pid, slot.nodeid, now)
 
     def _park(self, nodeid: int, body: bytes, check: OpenCheck) -> None:
         """Keep the answer to the question that the kernel may have next."""

@@ -75,7 +75,9 @@ class Parts:
             self.passthrough = Passthrough(loan, window, BackingFiles(dev_fuse), pass_from)
         self.memory = Memory(policy)
         self.kernel = KernelPort(dev_fuse)
-        self.opens = OpenChecks(loan, policy, self.memory.names, self.passthrough)
+        self.opens = OpenChecks(
+            loan, policy, self.memory.names, self.memory.walkers, self.passthrough
+        )
         self.device = DevicePort(loan, orders, self.opens)
         self.set_id = SetIdBits(loan, self.device, self.kernel, self.opens, self.memory.modes)
         self.late = LateReplies(loan, self.kernel, self.device, self.forget, self.memory.released)
