@@ -108,17 +108,23 @@ class Freshness:
         """Whether the file is as the attributes say that the kernel was told last."""
         return _is_same(self._given.get(nodeid), raw)
 
-    def open(self, nodeid: int, raw: bytes | None) -> Verdict:
-        """Judge an open by the attributes that the daemon has just given, None when it did not.
+    def is_replaced(self, nodeid: int, raw: bytes) -> bool:
+        """Whether a node that is opened has no name any more.
 
-        A node is called replaced once, not again at the next open: there are ways to open a file
-        without a name, and for those an error would be wrong.
+        That is said once, not again at the next open: there are ways to open a file without a
+        name, and for those an error would be wrong.
         """
+        if _NLINK.unpack(raw)[0] or nodeid in self._stale:
+            return False
+        self._stale.add(nodeid)
+        return True
+
+    def open(self, nodeid: int, raw: bytes | None) -> Verdict:
+        """Judge an open by the attributes that the daemon has just given, None when it did not."""
         if raw is None:
             self._opened.pop(nodeid, None)
             return NOTHING_KNOWN
-        if not _NLINK.unpack(raw)[0] and nodeid not in self._stale:
-            self._stale.add(nodeid)
+        if self.is_replaced(nodeid, raw):
             return Verdict(keep_pages=False, keep_attributes=False, replaced=True)
         before, given = self._opened.pop(nodeid, None), self._given.get(nodeid)
         self._opened[nodeid] = raw

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.client.pyfuse.fake_session import attributes
-from tests.client.relay.fake_kernel import AUTO, Stage, on_stage
+from tests.client.relay.fake_kernel import Stage, on_stage
 from tests.support.wait import wait_until_async
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import NotifyCode, Opcode, OpenOutFlag
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 NODE = 7
 OPEN = fuse.OPEN_IN.values(os.O_RDONLY, 0)
+EMPTY = fuse.OPEN_IN.values(os.O_WRONLY | os.O_TRUNC, 0)
 
 
 class Host:
@@ -218,9 +219,27 @@ async def test_the_handle_to_give_back_is_the_one_that_was_answered() -> None:
         host.answer(host.kept[2])
 
 
-async def test_truncation_needs_no_check() -> None:
+@pytest.mark.usefixtures("_no_hurry")
+async def test_of_a_file_that_is_emptied_nothing_is_believed() -> None:
     host = Host()
-    async with on_stage(host, AUTO) as stage:
-        body = fuse.OPEN_IN.values(os.O_WRONLY | os.O_TRUNC, 0)
-        assert (await stage.call(Opcode.OPEN, NODE, body)).errno == 0
-        assert host.seen == [Opcode.OPEN]
+    async with on_stage(host) as stage:
+        await open_file(stage)
+        host.seen.clear()
+        reply = await stage.call(
+            Opcode.OPEN, NODE, fuse.OPEN_IN.values(os.O_WRONLY | os.O_TRUNC, 0)
+        )
+        assert fuse.OPEN_OUT.unpack(reply.body).open_flags == 0
+        assert host.seen == [Opcode.GETATTR, Opcode.OPEN]
+        await stage.call(Opcode.GETATTR, NODE, bytes(16))
+        assert host.seen[2:] == [Opcode.GETATTR]
+        assert await open_file(stage) == (False, 0)
+
+
+async def test_a_file_that_is_emptied_and_has_no_name_is_stale_once() -> None:
+    host = Host()
+    host.attr = host.attr._replace(nlink=0)
+    async with on_stage(host) as stage:
+        for expected in (errno.ESTALE, 0):
+            stage.send(Opcode.OPEN, NODE, EMPTY)
+            assert (await stage.receive()).errno == expected
+        assert Opcode.RELEASE in host.seen

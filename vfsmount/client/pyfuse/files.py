@@ -54,7 +54,9 @@ class FileHandlers(Handlers):
         reply = await self._session.open(node.nodeid, flags, open_flags, ctx)
         keep = self._policy.keep_cache
         if flags & os.O_TRUNC:
-            self._fresh.forget(node.nodeid)
+            if self._policy.revalidate:
+                await self._refuse_replaced(node, reply.fh, ctx)
+            self._fresh.changed(node.nodeid)
             self._was_cut(node.nodeid, 0)
             self._changes += 1
             if self._listings is not None:
@@ -62,6 +64,18 @@ class FileHandlers(Handlers):
         elif self._policy.revalidate:
             keep = await self._may_keep(node, reply.fh, flags, ctx)
         return self._file_info(OpenFile(node, reply.fh, flags, kills), reply.open_flags, keep)
+
+    async def _refuse_replaced(self, node: Node, fh: int, ctx: RequestContext) -> None:
+        """Make sure that a file that was opened to be written anew has a name.
+
+        Raises:
+            FUSEError: ESTALE, as in `_may_keep`: what is written would be lost with the file.
+        """
+        with suppress(RemoteErrno, RequestTimeout):
+            attr = (await self._session.getattr(node.nodeid, None, ctx)).attr
+            if self._fresh.is_replaced(node.nodeid, signature_of(attr)):
+                await self._session.release(node.nodeid, fh, os.O_WRONLY, wait=False)
+                raise FUSEError(errno.ESTALE)
 
     async def _may_keep(self, node: Node, fh: int, flags: int, ctx: RequestContext) -> bool:
         """Compare a file that was opened with what the kernel knows; whether its pages may stay.

@@ -8,7 +8,8 @@ each OPEN, in the same kick. Its answer is judged by ``Freshness``:
                  attributes are old, and asks again
     replaced     the node has no link left: ESTALE, at which the kernel looks the name up anew
 
-With O_TRUNC there is nothing to check: the kernel drops pages and size by itself.
+With O_TRUNC nothing but a replacement is of interest, for what is written next would be lost with
+the file that has no name: the kernel drops pages and size by itself.
 
 What was found out is *parked* for 10 ms: programs that open a file ask for its attributes at once,
 and the kernel passes that on after a change, and after any READ, which makes the time of access
@@ -31,7 +32,7 @@ import struct
 from time import monotonic, perf_counter_ns, time_ns
 from typing import TYPE_CHECKING, Final
 
-from vfsmount.cache.freshness import SIGNATURE_AT, SIGNATURE_SIZE, Freshness
+from vfsmount.cache.freshness import SIGNATURE_AT, SIGNATURE_SIZE, Freshness, Verdict
 from vfsmount.cache.kept_listings import KeptListings
 from vfsmount.client.relay.passthrough import CREATES
 from vfsmount.client.relay.questions import Question, Questions
@@ -41,7 +42,6 @@ from vfsmount.wire.fuse import NotifyCode, Opcode, OpenOutFlag
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vfsmount.cache.freshness import Verdict
     from vfsmount.cache.known_names import KnownNames
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.cache.walkers import Walkers
@@ -91,7 +91,9 @@ class OpenCheck:
         wants: What it wants of that, see ``passthrough``.
         is_checked: There is to be a GETATTR.
         nodeid: Whose; 0 as long as nobody knows.
-        body: The GETATTR's ``fuse_attr_out``; None when there is none.
+        truncates: The file is to be emptied: what the GETATTR says is old by the time of the reply.
+        is_gone: It said that the file had no name any more.
+        body: The GETATTR's ``fuse_attr_out``; None when there is none, or it is old.
         reply: The body of the OPEN's reply, read once where it has to wait: node and handle are
             taken from here, because the daemon can still write to shared memory.
         fh: The handle, once it is counted as open; only with ``passthrough``.
@@ -101,7 +103,7 @@ class OpenCheck:
 
     # Of the class, as most of them stay as they are: an open is 0.4 us quicker than with slots.
     pending: Question | None = None
-    replied = waits = asked = is_checked = False
+    replied = waits = asked = is_checked = truncates = is_gone = False
     nodeid = wants = 0
     body: bytes | None = None
     reply = b""
@@ -187,12 +189,12 @@ class OpenChecks:
 
     def _begin_open(self, slot: Slot) -> None:
         flags: int = _U32.unpack_from(self._map, slot.at + _IN)[0]
+        check = self.begin_check(slot)
         if flags & os.O_TRUNC:
-            self.forget(slot.nodeid)
-        else:
-            self.begin_check(slot)
+            check.truncates = True
+            self._parked.pop(slot.nodeid, None)
 
-    def begin_check(self, slot: Slot) -> None:
+    def begin_check(self, slot: Slot) -> OpenCheck:
         """Ask about the node of an OPEN or OPENDIR that is to be submitted and kicked next."""
         check = slot.check = OpenCheck()
         check.is_checked = True
@@ -200,6 +202,7 @@ class OpenChecks:
             check.version = self._begun
         check.sent = slot.started_ns
         check.pending = self._questions.ask(slot)
+        return check
 
     def replied(self, slot: Slot) -> bool:
         """An open is through; return whether it need not wait any more."""
@@ -230,7 +233,11 @@ class OpenChecks:
         """A question is answered; return its open, if that need not wait any more."""
         slot = self._questions.answered(question)
         check = None if slot is None else slot.check
-        if slot is None or check is None or not check.replied:
+        if slot is None or check is None:
+            return None
+        if check.truncates:
+            self._note_gone(slot.nodeid, check)
+        if not check.replied:
             return None
         return slot if self._is_ready(slot, check) else None
 
@@ -238,10 +245,20 @@ class OpenChecks:
         """Another request of our own is through; return the opens that need not wait any more."""
         return () if self.passthrough is None else self.passthrough.learned(pending)
 
+    def _note_gone(self, nodeid: int, check: OpenCheck) -> None:
+        """Of a file that is emptied, nothing is believed but that it was there."""
+        body, check.body = check.body, None
+        if body is not None and self.fresh is not None:
+            raw = body[_SIGNATURE : _SIGNATURE + SIGNATURE_SIZE]
+            check.is_gone = self.fresh.is_replaced(nodeid, raw)
+
     def judge(self, slot: Slot, check: OpenCheck) -> Verdict:
         """Judge an OPEN, put the flag into its reply, and park the answer for the kernel."""
         fresh = self.fresh
         assert fresh is not None
+        if check.truncates:
+            fresh.changed(slot.nodeid)
+            return Verdict(keep_pages=False, keep_attributes=True, replaced=check.is_gone)
         body = check.body
         raw = None if body is None else body[_SIGNATURE : _SIGNATURE + SIGNATURE_SIZE]
         verdict = fresh.open(slot.nodeid, raw)
