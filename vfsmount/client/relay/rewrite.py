@@ -99,9 +99,10 @@ _DIRENTPLUS: Final = _ENTRY + fuse.DIRENT.size
 #: field an entry takes 0.67 us instead of 0.42.
 _LISTED: Final = struct.Struct(f"<Q8x24s8x{SIGNATURE_SIZE}s12xI20xI").unpack_from
 _PUT_VALID: Final = struct.Struct("24s").pack_into
-#: Within a signature: mode, and its byte with the file's type.
+#: Within a signature: mode, its byte with the file's type, and the set-id bits of that.
 _SIGNED_MODE: Final = struct.Struct("<52xI").unpack_from
 _SIGNED_TYPE_AT: Final = 53
+_SIGNED_SET_ID: Final = (stat.S_ISUID | stat.S_ISGID) >> 8
 _U64: Final = struct.Struct("<Q").unpack_from
 _ENTRY_SIGNATURE: Final = 40 + SIGNATURE_AT  # fuse_attr is at 40 of entry_out, at 16 of attr_out
 _ATTR_SIGNATURE: Final = 16 + SIGNATURE_AT
@@ -271,7 +272,7 @@ def _of_listing(
                     _PUT_VALID(memory, at + _ENTRY_VALID_AT, valid)
                 if signature[_SIGNED_TYPE_AT] >> 4 == _REGULAR and blksize != IO_SIZE:
                     _PUT_U32(memory, at + _ENTRY_BLKSIZE_AT, IO_SIZE)
-            if modes is not None:
+            if modes is not None and signature[_SIGNED_TYPE_AT] & _SIGNED_SET_ID:
                 modes.see(nodeid, _SIGNED_MODE(signature)[0])
             if gave is not None:
                 gave(nodeid, signature)
