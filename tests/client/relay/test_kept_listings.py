@@ -142,6 +142,35 @@ async def test_the_attributes_asked_for_answer_the_kernel(
             assert host.seen == [Opcode.GETATTR]
 
 
+@pytest.mark.parametrize(
+    ("opcode", "body"),
+    [
+        (Opcode.MKDIR, fuse.MKDIR_IN.values(0o755, 0) + b"name\0"),
+        (Opcode.MKNOD, fuse.MKNOD_IN.values(0o100644, 0, 0) + b"name\0"),
+        (Opcode.CREATE, fuse.CREATE_IN.values(1, 0o644, 0, 0) + b"name\0"),
+        (Opcode.SYMLINK, b"name\0target\0"),
+        (Opcode.LINK, (5).to_bytes(8, "little") + b"name\0"),
+        (Opcode.UNLINK, b"name\0"),
+        (Opcode.RMDIR, b"name\0"),
+        (Opcode.RENAME, (5).to_bytes(8, "little") + b"name\0other\0"),
+        (Opcode.RENAME2, fuse.RENAME2_IN.values(5, 0) + b"name\0other\0"),
+    ],
+    ids=lambda one: one.name if isinstance(one, Opcode) else "",
+)
+async def test_after_a_change_of_ours_the_daemon_is_asked(
+    opcode: Opcode, body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vfsmount.client.relay.opens._PARKED_NS", 10**12)
+    host = Host()
+    async with on_stage(host, LONG) as stage:
+        await opened(stage)
+        stage.send(opcode, FOLDER, body)
+        await stage.receive()
+        host.seen.clear()
+        await stage.call(Opcode.GETATTR, FOLDER, bytes(16))
+        assert host.seen == [Opcode.GETATTR]
+
+
 # --- mounted -------------------------------------------------------------------------------------
 
 

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CHANGES", "OpenCheck", "OpenChecks", "invalidation"]
 
-#: Requests that may change attributes of a node that they do not even name.
+#: Requests that may change attributes, also of nodes that they do not even name.
 CHANGES: Final = frozenset(
     map(
         int,
@@ -60,6 +60,7 @@ CHANGES: Final = frozenset(
             Opcode.SETATTR, Opcode.WRITE, Opcode.FALLOCATE, Opcode.COPY_FILE_RANGE,
             Opcode.COPY_FILE_RANGE_64, Opcode.SETXATTR, Opcode.REMOVEXATTR, Opcode.LINK,
             Opcode.UNLINK, Opcode.RENAME, Opcode.RENAME2, Opcode.CREATE, Opcode.IOCTL,
+            Opcode.MKDIR, Opcode.RMDIR, Opcode.SYMLINK, Opcode.MKNOD,
         ),
     )
 )  # fmt: skip
