@@ -14,8 +14,8 @@ the file that has no name: the kernel drops pages and size by itself.
 What was found out is *parked* for 10 ms: programs that open a file ask for its attributes at once,
 and the kernel passes that on after a change, and after any READ, which makes the time of access
 unknown. One GETATTR is answered so, if nothing was changed here meanwhile (``grep -r`` again over
-5,000 files: 1.22 times as long as passthrough_ll instead of 1.64, with what else is done for opens
-here). A change that was on its way when we asked might or might not be in the answer, so then
+5,000 files: 1.2 to 1.3 times as long as passthrough_ll instead of 1.6, with what else is done for
+opens here). A change that was on its way when we asked might or might not be in the answer, so then
 nothing is parked. Nor is anything while the kernel writes to the file without our seeing it.
 
 A directory that is opened is asked about likewise. Where it is unchanged, and the kernel knows what
