@@ -153,7 +153,7 @@ def _command(initramfs: Path, socket: Path, queues: int, control: Path) -> list[
     command = [QEMU, "-nodefaults", "-no-user-config", "-display", "none"]
     # One thread for both CPUs: with one each, a kernel that patches its own code while the other
     # CPU runs it can meet a breakpoint that is gone already ("Oops: int3", 1 boot of hundreds).
-    # Faster, too, by a quarter: the daemon keeps a core for itself.
+    # It takes no longer: the daemon keeps a core for itself.
     command += ["-accel", "tcg,thread=single"]
     command += ["-machine", "q35,memory-backend=memory", "-cpu", "max"]
     command += ["-m", f"{MEMORY},slots=2,maxmem=1G", "-smp", str(QUEUES)]

@@ -7,7 +7,7 @@ import os
 import stat
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError
@@ -55,7 +55,7 @@ class FileHandlers(Handlers):
         keep = self._policy.keep_cache
         if flags & os.O_TRUNC:
             if self._policy.revalidate:
-                await self._refuse_replaced(node, reply.fh, ctx)
+                await self._check_name(node, reply.fh, flags, ctx)
             self._fresh.changed(node.nodeid)
             self._was_cut(node.nodeid, 0)
             self._changes += 1
@@ -65,23 +65,33 @@ class FileHandlers(Handlers):
             keep = await self._may_keep(node, reply.fh, flags, ctx)
         return self._file_info(OpenFile(node, reply.fh, flags, kills), reply.open_flags, keep)
 
-    async def _refuse_replaced(self, node: Node, fh: int, ctx: RequestContext) -> None:
-        """Make sure that a file that was opened to be written anew has a name.
+    async def _check_name(self, node: Node, fh: int, flags: int, ctx: RequestContext) -> None:
+        """Make sure that a file that was emptied by its open has a name.
 
         Raises:
-            FUSEError: ESTALE, as in `_may_keep`: what is written would be lost with the file.
+            FUSEError: ESTALE: what is written would be lost with the file.
         """
-        with suppress(RemoteErrno, RequestTimeout):
+        try:
             attr = (await self._session.getattr(node.nodeid, None, ctx)).attr
-            if self._fresh.is_replaced(node.nodeid, signature_of(attr)):
-                await self._session.release(node.nodeid, fh, os.O_WRONLY, wait=False)
-                raise FUSEError(errno.ESTALE)
+        except (RemoteErrno, RequestTimeout):
+            return  # nothing is known; the handle is there all the same
+        if self._fresh.is_replaced(node.nodeid, signature_of(attr)):
+            await self._refuse(node, fh, flags)
+
+    async def _refuse(self, node: Node, fh: int, flags: int) -> NoReturn:
+        """Give back the handle of a node that has no name left.
+
+        Raises:
+            FUSEError: ESTALE, at which the kernel looks the name up anew.
+        """
+        await self._session.release(node.nodeid, fh, flags, wait=False)
+        raise FUSEError(errno.ESTALE)
 
     async def _may_keep(self, node: Node, fh: int, flags: int, ctx: RequestContext) -> bool:
         """Compare a file that was opened with what the kernel knows; whether its pages may stay.
 
         Raises:
-            FUSEError: ESTALE, at which the kernel looks the name up anew: the node has none left.
+            FUSEError: ESTALE: the node has no name left.
         """
         sent, before = time.monotonic(), self._version()
         verdict, attr = NOTHING_KNOWN, None
@@ -92,8 +102,7 @@ class FileHandlers(Handlers):
         else:
             verdict = self._fresh.open(node.nodeid, signature_of(attr))
         if verdict.replaced:
-            await self._session.release(node.nodeid, fh, flags, wait=False)
-            raise FUSEError(errno.ESTALE)
+            await self._refuse(node, fh, flags)
         if not verdict.keep_attributes:
             if attr is not None and before == self._version():
                 node.parked = attr, sent, before

@@ -377,11 +377,7 @@ class Loop:
     def _settle(self, slot: Slot) -> None:
         """The device has answered what nobody waits for."""
         if slot.state == POSTED:
-            counter = slot.route.counter
-            if counter is None or slot.errno:
-                self._answers.count(slot)
-            else:
-                counter.add(perf_counter_ns() - slot.started_ns)
+            self._answers.count(slot)
         else:
             self._late.undo(slot)
         slot.check = None

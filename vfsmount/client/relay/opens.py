@@ -69,7 +69,7 @@ _IN: Final = fuse.IN_HEADER.size
 _U32: Final = struct.Struct("<I")
 _PID_AT: Final = 32  # of fuse_in_header
 _OPEN_FLAGS_AT: Final = 8
-_SIGNATURE: Final = 16 + SIGNATURE_AT
+_SIGNATURE: Final = slice(16 + SIGNATURE_AT, 16 + SIGNATURE_AT + SIGNATURE_SIZE)  # of attr_out
 _INVAL: Final = struct.Struct("<Qqq")  # fuse_notify_inval_inode_out: ino, off, len
 #: Plain numbers: an operation on an IntFlag takes 0.5 us.
 _KEEP_CACHE: Final = int(OpenOutFlag.KEEP_CACHE)
@@ -102,7 +102,7 @@ class OpenCheck:
         sent: When, ``perf_counter_ns``.
     """
 
-    # Of the class, as most of them stay as they are: an open is 0.4 us quicker than with slots.
+    # Of the class, as most of them stay as they are: 0.09 us instead of 0.17 with slots.
     pending: Question | None = None
     replied = waits = asked = is_checked = truncates = is_gone = False
     nodeid = wants = 0
@@ -193,7 +193,7 @@ class OpenChecks:
         check = self.begin_check(slot)
         if flags & os.O_TRUNC:
             check.truncates = True
-            self._parked.pop(slot.nodeid, None)
+            self.unpark(slot.nodeid)
 
     def begin_check(self, slot: Slot) -> OpenCheck:
         """Ask about the node of an OPEN or OPENDIR that is to be submitted and kicked next."""
@@ -250,7 +250,7 @@ class OpenChecks:
         """Of a file that is emptied, nothing is believed but that it was there."""
         body, check.body = check.body, None
         if body is not None and self.fresh is not None:
-            raw = body[_SIGNATURE : _SIGNATURE + SIGNATURE_SIZE]
+            raw = body[_SIGNATURE]
             check.is_gone = self.fresh.is_replaced(nodeid, raw)
 
     def judge(self, slot: Slot, check: OpenCheck) -> Verdict:
@@ -261,7 +261,7 @@ class OpenChecks:
             fresh.changed(slot.nodeid)
             return Verdict(keep_pages=False, keep_attributes=True, replaced=check.is_gone)
         body = check.body
-        raw = None if body is None else body[_SIGNATURE : _SIGNATURE + SIGNATURE_SIZE]
+        raw = None if body is None else body[_SIGNATURE]
         verdict = fresh.open(slot.nodeid, raw)
         if verdict.keep_pages and slot.length >= fuse.OPEN_OUT.size:
             at = slot.data_at + _OPEN_FLAGS_AT
@@ -278,7 +278,7 @@ class OpenChecks:
         if body is None or slot.length < fuse.OPEN_OUT.size:
             self._listings.forget(nodeid)
             return
-        raw = body[_SIGNATURE : _SIGNATURE + SIGNATURE_SIZE]
+        raw = body[_SIGNATURE]
         if self._listings.is_unchanged(nodeid, raw) and self._is_listing_enough(slot):
             flags = _CACHE_DIR | _KEEP_CACHE
         else:

@@ -1,7 +1,7 @@
 """GETATTRs of ours that go ahead of OPENs, in memory that is kept for them.
 
 All are alike but for the node. So a question is laid out once, has a descriptor bound to it like a
-slot, and is asked again and again: 1.5 us each, where a request made from nothing takes 5.
+slot, and is asked again and again: 0.8 us each, where a request made from nothing takes 3.
 """
 
 from __future__ import annotations
