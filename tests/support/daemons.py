@@ -12,7 +12,9 @@ The real ones serve one connection and exit when it ends; the bundled one serves
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -145,10 +147,18 @@ class Daemon:
 
     def fd_limit(self) -> int:
         """How many descriptors the daemon may have at once."""
-        for line in Path(f"/proc/{self.pid}/limits").read_text().splitlines():
-            if line.startswith("Max open files"):
-                return int(line.split()[3])
-        raise AssertionError("no limit of open files")
+        return int(self._proc("limits", "Max open files").split()[0])
+
+    def fd_table_size(self) -> int:
+        """How many descriptors its table has room for by now."""
+        return int(self._proc("status", "FDSize:"))
+
+    def _proc(self, name: str, label: str) -> str:
+        """What follows a label in a file of the process's below /proc."""
+        for line in Path(f"/proc/{self.pid}/{name}").read_text().splitlines():
+            if line.startswith(label):
+                return line.removeprefix(label)
+        raise AssertionError(f"no {label} in {name}")
 
     def open_files(self) -> list[str]:
         """What the descriptors counted by `fd_count` refer to, sorted."""
@@ -206,6 +216,7 @@ def start_daemon(
     cache: str | None = None,
     xattr: bool = True,
     writeback: bool = False,
+    descriptors: int = 0,
     extra: Sequence[str] = (),
 ) -> Iterator[Daemon]:
     """Run a daemon on ``source`` for the length of a ``with`` block.
@@ -217,6 +228,8 @@ def start_daemon(
             for the others.
         xattr: Whether extended attributes are served; the bundled daemon always does here.
         writeback: Whether the guest's write-back cache is accepted.
+        descriptors: How many its table of descriptors has room for from the start; 0 for what a
+            shell gives it.
         extra: More arguments, as this kind of daemon spells them; none that makes a real one fork
             (a namespace sandbox, ``--daemonize``), or `Daemon.pid` would be the wrong process.
 
@@ -225,16 +238,23 @@ def start_daemon(
 
     Raises:
         AssertionError: it does not come up, or, the bundled one, has met a fault of its own; the
-            text has what it printed.
+            text has what it printed. Or we may not have that many descriptors ourselves.
     """
     require_daemon(kind)
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert descriptors <= limit, f"{descriptors} descriptors: the limit is {limit} (ulimit -n)"
     # Not under pytest's tmp_path: a socket's path has 107 bytes at most.
     home = Path(tempfile.mkdtemp(prefix="vfsmount-daemon-"))
     socket = home / "socket"
     command = [*_command(kind, Path(source), socket, cache, xattr, writeback), *extra]
-    with (home / "log").open("wb") as log:
+    with (home / "log").open("wb") as log, _descriptor_at(descriptors - 1) as inherited:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=REPOSITORY
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=inherited,
+            cwd=REPOSITORY,
         )
     daemon = Daemon(kind, Path(source), socket, process)
     try:
@@ -248,6 +268,24 @@ def start_daemon(
         shutil.rmtree(home, ignore_errors=True)
         assert not any(words in said for words in OUR_FAULT), said
         (C_LOCK_FOLDER / f"{str(socket).replace('/', '.')}.pid").unlink(missing_ok=True)
+
+
+@contextmanager
+def _descriptor_at(number: int) -> Iterator[tuple[int, ...]]:
+    """A descriptor of that number, or the next one free; none for a number below 0.
+
+    Who inherits it has a table with room for it, its forks as well, and need not wait for all
+    processors to make it larger, which a process with threads must.
+    """
+    if number < 0:
+        yield ()
+        return
+    with Path(os.devnull).open("rb") as null:
+        descriptor = fcntl.fcntl(null, fcntl.F_DUPFD_CLOEXEC, number)
+    try:
+        yield (descriptor,)
+    finally:
+        os.close(descriptor)
 
 
 def _fetched(kind: str) -> Path:
