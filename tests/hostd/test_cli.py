@@ -365,8 +365,12 @@ def test_limit_of_descriptors(home: Path, wanted: str, limit: int) -> None:
         assert process.stderr is not None
         assert b"listening" in process.stderr.readline()
         limits = Path(f"/proc/{process.pid}/limits").read_text()
+        status = Path(f"/proc/{process.pid}/status").read_text()
         process.kill()
     assert re.search(rf"^Max open files +{limit} ", limits, re.MULTILINE)
+    room = re.search(r"^FDSize:\s*(\d+)$", status, re.MULTILINE)
+    assert room
+    assert int(room[1]) >= limit
 
 
 def test_socket_is_private(home: Path) -> None:

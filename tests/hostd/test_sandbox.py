@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -367,6 +368,13 @@ def test_the_child_dies_with_its_parent(home: Path) -> None:
         assert child != running.process.pid
         running.process.kill()
         wait_until(lambda: has_ended(child), DEADLINE, "the serving process to end")
+
+
+@pytest.mark.parametrize("kind", SANDBOXES)
+def test_the_table_of_descriptors_need_not_grow(home: Path, kind: str) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with daemon(home, "--sandbox", kind) as running:
+        assert int(*running.status("FDSize")) >= min(4096, most)
 
 
 def test_the_parent_ends_as_its_child(home: Path) -> None:
