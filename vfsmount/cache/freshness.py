@@ -23,7 +23,14 @@ from typing import Final, NamedTuple
 
 from vfsmount.wire import fuse
 
-__all__ = ["SIGNATURE_AT", "SIGNATURE_SIZE", "Freshness", "Verdict", "signature_of"]
+__all__ = [
+    "NOTHING_KNOWN",
+    "SIGNATURE_AT",
+    "SIGNATURE_SIZE",
+    "Freshness",
+    "Verdict",
+    "signature_of",
+]
 
 #: Offset in ``fuse_attr`` (88 bytes) and length of what a signature is made of: size u64 at 8, then
 #: blocks, atime, mtime, ctime u64, their nanoseconds u32, mode u32, nlink u32 at 64.
@@ -131,6 +138,11 @@ class Freshness:
         if len(self._opened) > self._limit:
             _give_up(self._opened)
         return _VERDICTS[_is_same(before, raw), _is_same(given, raw)]
+
+    def compare(self, nodeid: int, raw: bytes) -> Verdict:
+        """Judge as ``open`` does, and remember nothing. What has no name any more has changed."""
+        opened, given = self._opened.get(nodeid), self._given.get(nodeid)
+        return _VERDICTS[_is_same(opened, raw), _is_same(given, raw)]
 
     def changed(self, nodeid: int) -> None:
         """The contents change in a way that no page of the kernel has seen."""

@@ -23,6 +23,7 @@ from vfsmount.wire.fuse import Opcode
 if TYPE_CHECKING:
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.cache.xattrs import AbsentXattrs
+    from vfsmount.channel.inflight import Pending
     from vfsmount.channel.loan import Loan
     from vfsmount.client.relay.kernel import KernelPort
     from vfsmount.client.relay.late import LateReplies
@@ -155,6 +156,13 @@ class Answers:
             counter.errors += 1
         if self._is_traced:
             trace_request(slot, now - slot.started_ns)
+
+    def count_own(self, pending: Pending) -> None:
+        """Count a reply to a request of our own that stands for one of the kernel's."""
+        counter = self._counters.setdefault(pending.opcode, OpcodeCounter())
+        counter.add(perf_counter_ns() - pending.started_ns)
+        if pending.errno:
+            counter.errors += 1
 
     def _may_open(self, slot: Slot, check: OpenCheck) -> bool:
         """Put into an open's answer what its check has found; False when it is refused."""

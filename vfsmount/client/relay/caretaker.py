@@ -5,6 +5,7 @@ callers that were interrupted           let go of when they are being killed (``
 FORGETs, and what undoes late replies   sent, in company or when there is room
 memory, and files that stay mapped      given back when there is nothing else to do
 files that may have set-id bits         forgotten as the kernel does (``set_id``)
+handles that nobody has opened again    given back (``reuse``)
 """
 
 from __future__ import annotations
@@ -36,19 +37,24 @@ class Caretaker:
         parts: Of the relay.
     """
 
-    __slots__ = ("_device", "_late", "_loan", "_pool", "_ring", "_set_id", "_set_ups")
+    __slots__ = ("_device", "_late", "_loan", "_pool", "_reuse", "_ring", "_set_id", "_set_ups")
 
     def __init__(self, parts: Parts) -> None:
         self._loan = parts.loan
         self._ring = parts.loan.requests.ring
         self._device = parts.device
         self._late = parts.late
-        self._set_id = parts.set_id
+        self._set_id, self._reuse = parts.set_id, parts.reuse
         self._set_ups = None if parts.passthrough is None else parts.passthrough.set_ups
         self._pool = parts.pool
 
     def patience(self) -> float | None:
         """Return the seconds until ``look`` is due although nothing happens; None for never."""
+        due = None if self._reuse is None else self._reuse.due()
+        other = self._patience()
+        return other if due is None else due if other is None else min(due, other)
+
+    def _patience(self) -> float | None:
         if self._set_ups is not None and self._set_ups.lingering:
             return _LINGER_SECONDS
         if self._late.interrupts:
@@ -80,9 +86,12 @@ class Caretaker:
         for slot in self._device.in_flight():
             if slot in overdue:
                 self._late.give_up(slot, errno.ETIMEDOUT)
+        again = self._loan.watchdog.interval
+        if self._reuse is not None:
+            again = min(again, self._reuse.look())
         if idle:
             self._give_back()
-        return now + int(self._loan.watchdog.interval * 1e9)
+        return now + int(again * 1e9)
 
     def _give_back(self) -> None:
         if self._set_ups is not None:

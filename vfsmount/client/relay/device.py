@@ -13,6 +13,7 @@ from vfsmount.channel.inflight import ABANDONED, NEW, POSTED, Pending
 from vfsmount.client.relay.slots import Slot
 from vfsmount.errors import ProtocolViolation
 from vfsmount.wire import fuse
+from vfsmount.wire.fuse import Opcode
 
 if TYPE_CHECKING:
     from vfsmount.channel.loan import Loan
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["DevicePort"]
 
 _FORGET_BATCH: Final = 32
+_RELEASE: Final = int(Opcode.RELEASE)
 _U32: Final = struct.Struct("<I")
 _U64: Final = struct.Struct("<Q")
 _IN: Final = fuse.IN_HEADER.size
@@ -144,6 +146,16 @@ class DevicePort:
         """Send what found no room."""
         while self.undoing and self._queue.submit(self.undoing[0]):
             self.undoing.pop(0).state = ABANDONED
+
+    def post_release(self, nodeid: int, fh: int) -> None:
+        """Give a handle of a file back, with the next kick."""
+        body = fuse.RELEASE_IN.values(fh, 0, 0, 0)
+        pending = Pending(_RELEASE, nodeid, body, None, 0, 0, 0, 0, 0, None)
+        if self._queue.submit(pending, kick=False):
+            pending.state = POSTED
+            self.posted += 1
+        else:
+            self.undoing.append(pending)
 
     def send_aside(self, opcode: int, body: bytes) -> bool:
         """Send a request without a reply on the hiprio queue; False without room."""

@@ -45,6 +45,7 @@ class HandleRules:
         self._wrote = parts.memory.wrote
         self._locked = parts.memory.locked
         self._sentinels = parts.memory.walkers.sentinels
+        self._reuse = parts.reuse
 
     def create(self, _slot: Slot, at: int, _size: int, _nodeid: int) -> bool:
         """CREATE goes without O_CREAT (``rewrite``)."""
@@ -52,10 +53,12 @@ class HandleRules:
         _PUT_U32(self._map, at + _IN, flags & ~os.O_CREAT)
         return False
 
-    def open(self, slot: Slot, _at: int, _size: int, nodeid: int) -> bool:
+    def open(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
         """OPEN, where something has to go along. What was known before it answers nothing more."""
         if nodeid in self._sentinels:
             del self._sentinels[nodeid]
+        if self._reuse is not None and self._reuse.begin(slot, at, nodeid):
+            return True
         self._opens.begin(slot)
         return False
 

@@ -60,6 +60,7 @@ _IN_HEADER: Final = struct.Struct("<IIQQ").unpack_from  # len, opcode, unique, n
 
 _U32: Final = struct.Struct("<I").unpack_from
 _OUT: Final = fuse.OUT_HEADER.size
+_RELEASE: Final = int(fuse.Opcode.RELEASE)
 
 
 class Loop:
@@ -85,6 +86,7 @@ class Loop:
         "_orders",
         "_pool",
         "_queue",
+        "_reuse",
         "_routes",
         "_set_id",
         "_set_ups",
@@ -98,7 +100,7 @@ class Loop:
         self._orders, self._sleeper, self._pool = parts.orders, parts.sleeper, parts.pool
         self._kernel, self._device, self._opens = parts.kernel, parts.device, parts.opens
         self._late, self._answers = parts.late, parts.answers
-        self._set_id = parts.set_id
+        self._set_id, self._reuse = parts.set_id, parts.reuse
         self._set_ups = None if parts.passthrough is None else parts.passthrough.set_ups
         self._caretaker = Caretaker(parts)
         self._routes = make_routes(parts)
@@ -367,9 +369,21 @@ class Loop:
         if slot.state != DONE:
             self._settle(slot)
             return
-        if slot.check is not None and slot.check.reply:
-            self._opens.put_back(slot, slot.check)
-        self._answers.answer(slot)
+        check = slot.check
+        if check is not None and check.reply:
+            if check.is_reused and self._reuse is not None:
+                if self._reuse.finish(slot, check):
+                    self._free(slot)
+                return
+            self._opens.put_back(slot, check)
+        try:
+            self._answers.answer(slot)
+        except SendAgain:
+            self._device.send_again(slot)
+            return
+        self._free(slot)
+
+    def _free(self, slot: Slot) -> None:
         slot.check = None
         slot.answers = 0
         self._give_back(slot)
@@ -380,9 +394,7 @@ class Loop:
             self._answers.count(slot)
         else:
             self._late.undo(slot)
-        slot.check = None
-        slot.answers = 0
-        self._give_back(slot)
+        self._free(slot)
 
     def _finish_own(self, pending: Pending) -> None:
         """A request of our own is through; somebody may have waited for it."""
@@ -391,6 +403,8 @@ class Loop:
             if ready is not None:
                 self._finish(ready)
             return
+        if pending.opcode == _RELEASE:
+            self._answers.count_own(pending)
         opened = self._opens.learned(pending)
         cleared, error = self._set_id.learned(pending)
         self._loan.arena.free(pending.block)
@@ -409,6 +423,4 @@ class Loop:
             self._opens.end_change()
         if slot.state != ABANDONED:
             self._answers.fail(slot, error)
-        slot.check = None
-        slot.answers = 0
-        self._give_back(slot)
+        self._free(slot)

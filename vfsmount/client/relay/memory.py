@@ -11,6 +11,7 @@ import struct
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
+from vfsmount.cache.kept_handles import KeptHandles
 from vfsmount.cache.known_names import KnownNames
 from vfsmount.cache.policy import FOREVER
 from vfsmount.cache.walkers import Walkers
@@ -48,6 +49,7 @@ class Memory:
         xattrs: Extended attributes that files do not have.
         names: Directories of which the kernel knows the names.
         walkers: Who lists and looks at nothing.
+        kept: Handles that are closed and may be opened again.
         unwritten: Of the pages that the kernel keeps for a while; None without its write-back.
         wrote: Handles that wrote since their last FLUSH.
         locked: Nodes that the daemon may have POSIX locks on; a FLUSH gives its owner's up. With
@@ -63,6 +65,7 @@ class Memory:
         self.names = KnownNames(valid)
         # Where it keeps names for ever, it is to have them: a walk is paid once.
         self.walkers = Walkers(valid if valid < FOREVER else 0.0)
+        self.kept = KeptHandles(valid)
         self.unwritten = Unwritten() if policy.writeback else None
         self.wrote: set[int] = set()
         self.locked: dict[int, set[int]] = {}
@@ -81,6 +84,7 @@ class Memory:
 
     def released(self, nodeid: int, fh: int) -> None:
         """A handle of a file is given back."""
+        self.kept.released(fh)
         self.wrote.discard(fh)
         lockers = self.locked.get(nodeid)
         if lockers is not None:

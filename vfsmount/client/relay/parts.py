@@ -12,6 +12,7 @@ from vfsmount.client.relay.late import LateReplies
 from vfsmount.client.relay.memory import Memory
 from vfsmount.client.relay.opens import OpenChecks
 from vfsmount.client.relay.passthrough import Passthrough
+from vfsmount.client.relay.reuse import HandleReuse
 from vfsmount.client.relay.rooms import largest_request
 from vfsmount.client.relay.set_id import SetIdBits
 from vfsmount.client.relay.sleeper import Sleeper
@@ -47,6 +48,7 @@ class Parts:
         device: The other.
         memory: What is remembered of files.
         opens: What OPENs wait for.
+        reuse: Answers OPENs with handles that are closed; None where opens do not ask.
         set_id: Takes set-id bits off.
         late: Requests answered before their time.
         answers: Replies.
@@ -79,12 +81,15 @@ class Parts:
             loan, policy, self.memory.names, self.memory.walkers, self.passthrough
         )
         self.device = DevicePort(loan, orders, self.opens)
+        self.reuse = HandleReuse(self) if policy.revalidate and window is None else None
         self.set_id = SetIdBits(loan, self.device, self.kernel, self.opens, self.memory.modes)
         self.late = LateReplies(loan, self.kernel, self.device, self.forget, self.memory.released)
         self.answers = Answers(loan, policy, self.kernel, self.opens, self.late, self.memory.xattrs)
 
     def forget(self, nodeid: int, nlookup: int) -> None:
         """References to a node are given back; so is what is known of it."""
+        if self.reuse is not None:
+            self.reuse.forget(nodeid)
         self.memory.forget(nodeid)
         self.opens.forget(nodeid)
         if self.passthrough is not None:

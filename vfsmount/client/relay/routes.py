@@ -4,6 +4,7 @@ What is not in the tables here is handed on as it stands. The functions are in f
 
     known        what is remembered, and forgotten: attributes, listings, FORGET; with walkers
     handles      OPEN, CREATE, FLUSH, RELEASE; and the same where files are passed through
+    reuse        OPEN and RELEASE again: handles that are kept for the next open
     writes       what writes
     set_id       what clears set-id bits, where the daemon does not
     writeback    what is different below the kernel's write-back
@@ -19,7 +20,7 @@ from vfsmount.client.relay.handles import HandleRules, PassedHandleRules
 from vfsmount.client.relay.known import KnownRules
 from vfsmount.client.relay.locks import LockRules
 from vfsmount.client.relay.opens import CHANGES
-from vfsmount.client.relay.rewrite import judge_write_back, reply_rewriters
+from vfsmount.client.relay.rewrite import NO_FLUSH, judge_write_back, reply_rewriters
 from vfsmount.client.relay.rooms import named_rooms, small_rooms
 from vfsmount.client.relay.route import Route
 from vfsmount.client.relay.set_id import SetIdRules
@@ -31,7 +32,9 @@ from vfsmount.wire.fuse import Opcode
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from vfsmount.client.relay.init import Terms
     from vfsmount.client.relay.parts import Parts
+    from vfsmount.client.relay.reuse import HandleReuse
     from vfsmount.client.relay.rewrite import Rewriter
     from vfsmount.client.relay.route import Handler
 
@@ -65,6 +68,8 @@ def make_routes(parts: Parts) -> list[Route]:
     writes.of_pages.rewrite = judge_write_back
     if parts.memory.unwritten is not None:
         _add_writeback(routes, WritebackRules(parts, parts.memory.unwritten, writes), writes)
+    if parts.reuse is not None:
+        _add_reuse(routes, parts, parts.reuse)
     return routes
 
 
@@ -162,6 +167,14 @@ def _add_writeback(routes: list[Route], below: WritebackRules, writes: WriteRule
         routes[opcode].failed = below.not_known
 
 
+def _add_reuse(routes: list[Route], parts: Parts, reuse: HandleReuse) -> None:
+    """Handles that are opened again."""
+    _local(routes, {Opcode.RELEASE: reuse.keep})
+    for opcode in (Opcode.LOOKUP, Opcode.OPEN, Opcode.OPENDIR):
+        routes[opcode].failed = reuse.failed
+    reuse.note_handles(routes[Opcode.OPEN], NO_FLUSH if _needs_no_flush(parts.terms) else 0)
+
+
 def _local(routes: list[Route], table: Mapping[Opcode, Handler]) -> None:
     for opcode, handler in table.items():
         routes[opcode].local = handler
@@ -181,5 +194,10 @@ def _rewriters(parts: Parts) -> dict[int, Rewriter]:
         memory.names if policy.revalidate else None,
         memory.unwritten,
         memory.walkers,
-        no_flush=terms.quiet_flush and not terms.keeps_locks,
+        no_flush=_needs_no_flush(terms),
     )
+
+
+def _needs_no_flush(terms: Terms) -> bool:
+    """Whether handles for reading need none."""
+    return terms.quiet_flush and not terms.keeps_locks

@@ -1,0 +1,190 @@
+"""Opens that are answered with a handle which was closed a moment ago (``cache.kept_handles``).
+
+An OPEN sends its question alone, and waits for the answer as if the daemon had replied already:
+
+    RELEASE   kept, and answered here
+    OPEN      question, unchanged: answered with the kept handle
+              question, else: the handle goes back, and the OPEN to the daemon after all
+
+So a file opened again costs the daemon one message in place of three.
+
+Not where the kernel has backing files (``passthrough``), which are set up by each open.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from contextlib import suppress
+from time import perf_counter_ns
+from typing import TYPE_CHECKING, Final
+
+from vfsmount.cache.policy import FOREVER
+from vfsmount.channel.inflight import DONE
+from vfsmount.client.relay.opens import invalidation
+from vfsmount.client.relay.route import SendAgain
+from vfsmount.wire import fuse
+from vfsmount.wire.fuse import OpenOutFlag
+
+if TYPE_CHECKING:
+    import mmap
+
+    from vfsmount.client.relay.opens import OpenCheck
+    from vfsmount.client.relay.parts import Parts
+    from vfsmount.client.relay.rewrite import Rewriter
+    from vfsmount.client.relay.route import Route
+    from vfsmount.client.relay.slots import Slot
+
+__all__ = ["HandleReuse"]
+
+_IN: Final = fuse.IN_HEADER.size
+_OUT: Final = fuse.OUT_HEADER.size
+_OPEN_OUT: Final = fuse.OPEN_OUT.size
+#: uid and gid of ``fuse_in_header``, flags of ``fuse_open_in``: a ``kept_handles.Opener``.
+_OPENER: Final = struct.Struct("<24xII8xI").unpack_from
+_OPENED: Final = struct.Struct("<QI").unpack_from  # open_out: fh, open_flags
+_RELEASE_IN: Final = struct.Struct("<QII").unpack_from  # fh, flags, release_flags
+_FH: Final = struct.Struct("<Q").unpack_from
+_OUT_HEADER: Final = struct.Struct("<IiQ").pack
+_OPEN_REPLY: Final = struct.Struct("<QII").pack  # open_out: fh, open_flags, backing_id
+_KEEP_CACHE: Final = int(OpenOutFlag.KEEP_CACHE)
+#: Opens with any of these are neither answered so, nor are their handles kept.
+_UNLIKE: Final = os.O_ACCMODE | os.O_TRUNC | os.O_DIRECT
+#: What the daemon may say of a handle that is kept; all of it is for the policy to say.
+_POLICY_FLAGS: Final = int(OpenOutFlag.KEEP_CACHE | OpenOutFlag.NOFLUSH | OpenOutFlag.CACHE_DIR)
+_NO_DESCRIPTORS: Final = frozenset((errno.EMFILE, errno.ENFILE))
+#: Handles given back at once when nobody closes any: 5 us each.
+_AT_ONCE: Final = 256
+#: Seconds to the rest of them.
+_SOON: Final = 0.01
+
+
+class HandleReuse:
+    """Keeps handles, and answers OPENs with them.
+
+    Args:
+        parts: Of the relay, in a mode in which opens ask, without passthrough.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._map = parts.loan.memory.map
+        self._kept = parts.memory.kept
+        self._locked = parts.memory.locked
+        self._kernel = parts.kernel
+        self._device = parts.device
+        self._opens = parts.opens
+        self._flags = _KEEP_CACHE
+
+    def note_handles(self, route: Route, flags: int) -> None:
+        """Take note of what comes of OPENs.
+
+        Args:
+            route: Of OPEN, complete but for this.
+            flags: What the kernel is told of handles for reading (``OpenOutFlag``), besides that
+                pages are kept.
+        """
+        if route.rewrite is not None:
+            route.rewrite = self._noting(route.rewrite)
+        self._flags = flags | _KEEP_CACHE
+
+    def _noting(self, then: Rewriter) -> Rewriter:
+        opened = self._kept.opened
+
+        def rewrite(memory: mmap.mmap, at: int, length: int, nodeid: int, request: int) -> None:
+            then(memory, at, length, nodeid, request)
+            if length < _OPEN_OUT:
+                return
+            opener = _OPENER(memory, request)
+            fh, flags = _OPENED(memory, at)
+            is_alike = not (opener[2] & _UNLIKE or flags & ~_POLICY_FLAGS)
+            opened(nodeid, fh, opener if is_alike else None)
+
+        return rewrite
+
+    def keep(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
+        """RELEASE: keep the handle, if an open may have it."""
+        fh, flags, release_flags = _RELEASE_IN(self._map, at + _IN)
+        if flags & os.O_ACCMODE or release_flags or nodeid in self._locked:
+            return False
+        now = perf_counter_ns()
+        if not self._kept.keep(nodeid, fh, now):
+            return False
+        self._kernel.answer(slot.answers)
+        self._give_back(now, 2)  # one more than comes, so that they become fewer
+        return True
+
+    def begin(self, slot: Slot, at: int, nodeid: int) -> bool:
+        """Ask whether a kept handle answers an OPEN; False when there is none."""
+        if not self._kept:
+            return False
+        opener = _OPENER(self._map, at)
+        fh = self._kept.take(nodeid, opener, perf_counter_ns())
+        if fh is None:
+            return False
+        check = self._opens.begin_check(slot)
+        if check.pending is None:  # no room for a question
+            self._device.post_release(nodeid, fh)
+            return False
+        check.is_reused = check.replied = True
+        check.reply = _OPEN_REPLY(fh, self._flags, 0)
+        check.opener = opener
+        slot.state = DONE
+        self._device.kick()
+        return True
+
+    def finish(self, slot: Slot, check: OpenCheck) -> bool:
+        """Judge a kept handle by the answer; False when the OPEN goes to the daemon after all."""
+        nodeid, (fh,) = slot.nodeid, _FH(check.reply)
+        verdict = self._opens.judge_again(nodeid, check)
+        if not verdict.keep_pages:
+            self._device.post_release(nodeid, fh)
+            check.is_reused = check.replied = False
+            check.reply = b""
+            self._device.submit(slot)
+            self._device.kick()
+            return False
+        self._kept.opened(nodeid, fh, check.opener)
+        try:
+            if not verdict.keep_attributes:
+                with suppress(OSError):  # forgotten meanwhile
+                    self._kernel.write(invalidation(nodeid))
+            self._kernel.write(_OUT_HEADER(_OUT + _OPEN_OUT, 0, slot.answers) + check.reply)
+        except OSError:  # nobody waits any more
+            self._kept.keep(nodeid, fh, perf_counter_ns())
+        return True
+
+    def failed(self, _slot: Slot, number: int) -> bool:
+        """LOOKUP, OPEN or OPENDIR has failed: if for want of descriptors, we have some to give.
+
+        Raises:
+            SendAgain: Nothing is kept now, nor will be.
+        """
+        if number not in _NO_DESCRIPTORS or not self._kept:
+            return False
+        self._kept.stop()
+        self._give_back(perf_counter_ns(), len(self._kept))
+        raise SendAgain
+
+    def forget(self, nodeid: int) -> None:
+        """The kernel is about to forget a node."""
+        fh = self._kept.forget(nodeid)
+        if fh is not None:
+            self._device.post_release(nodeid, fh)
+
+    def due(self) -> float | None:
+        """Return the seconds until something is due to be given back; None for never."""
+        due = self._kept.due()
+        return None if due is None else max((due - perf_counter_ns()) / 1e9, _SOON)
+
+    def look(self) -> float:
+        """Give back what is due; return the seconds until it should be looked again."""
+        self._give_back(perf_counter_ns(), _AT_ONCE)
+        return self.due() or FOREVER
+
+    def _give_back(self, now: int, most: int) -> None:
+        for _ in range(most):
+            due = self._kept.pop_due(now)
+            if due is None:
+                return
+            self._device.post_release(*due)
