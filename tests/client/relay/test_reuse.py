@@ -268,14 +268,21 @@ async def test_a_lost_daemon_is_told_of(expect_log: Callable[[str], None]) -> No
 
 
 @pytest.mark.usefixtures("_for_long")
-@pytest.mark.parametrize("opcode", [Opcode.LOOKUP, Opcode.OPEN, Opcode.OPENDIR])
-async def test_a_daemon_without_descriptors_gets_them_back(opcode: Opcode) -> None:
+@pytest.mark.parametrize(
+    ("opcode", "body"),
+    [
+        (Opcode.LOOKUP, b"name\0"),
+        (Opcode.OPEN, fuse.OPEN_IN.values(os.O_RDWR, 0)),
+        (Opcode.OPENDIR, fuse.OPEN_IN.values(0, 0)),
+        (Opcode.READDIRPLUS, fuse.READ_IN.values(1, 0, 4096, 0, 0, 0)),
+    ],
+)
+async def test_a_daemon_without_descriptors_gets_them_back(opcode: Opcode, body: bytes) -> None:
     host = Host()
     async with on_stage(host, LONG) as stage:
         await close(stage, await opened(stage))
         host.errors[opcode] = errno.EMFILE
         seen = host.seen.count(opcode)
-        body = b"name\0" if opcode == Opcode.LOOKUP else fuse.OPEN_IN.values(os.O_RDWR, 0)
         stage.send(opcode, NODE, body)
         while (reply := await stage.receive()).unique == 0:
             pass

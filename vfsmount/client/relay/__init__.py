@@ -15,7 +15,8 @@ The way of a request, and back:
 
 What some requests wait for, and what is left of them:
 
-    opens, questions    what goes with an OPEN: the check in mode ``auto``, and
+    opens, questions    what goes with an OPEN: the check in mode ``auto``,
+    reuse               ... an open that gets a handle which was closed a moment ago, and
     passthrough         which files the kernel reads and writes by itself: the decision,
     passed_nodes        ... who does so,
     set_ups, backing    ... and what the daemon and the kernel are asked for that

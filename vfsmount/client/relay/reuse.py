@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vfsmount.client.relay.opens import OpenCheck
     from vfsmount.client.relay.parts import Parts
     from vfsmount.client.relay.rewrite import Rewriter
-    from vfsmount.client.relay.route import Route
+    from vfsmount.client.relay.route import FailedHandler, Route
     from vfsmount.client.relay.slots import Slot
 
 __all__ = ["HandleReuse"]
@@ -154,17 +154,23 @@ class HandleReuse:
             self._kept.keep(nodeid, fh, perf_counter_ns())
         return True
 
-    def failed(self, _slot: Slot, number: int) -> bool:
-        """LOOKUP, OPEN or OPENDIR has failed: if for want of descriptors, we have some to give.
+    def retried(self, then: FailedHandler | None) -> FailedHandler:
+        """Return what is done when a request has failed that changes nothing: it may be sent again.
 
-        Raises:
-            SendAgain: Nothing is kept now, nor will be.
+        A daemon that has run out of descriptors gets those back that are kept, and no more are.
+
+        Args:
+            then: What is done else.
         """
-        if number not in _NO_DESCRIPTORS or not self._kept:
-            return False
-        self._kept.stop()
-        self._give_back(perf_counter_ns(), len(self._kept))
-        raise SendAgain
+
+        def failed(slot: Slot, number: int) -> bool:
+            if number in _NO_DESCRIPTORS and self._kept:
+                self._kept.stop()
+                self._give_back(perf_counter_ns(), len(self._kept))
+                raise SendAgain
+            return then is not None and then(slot, number)
+
+        return failed
 
     def forget(self, nodeid: int) -> None:
         """The kernel is about to forget a node."""

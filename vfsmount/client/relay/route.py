@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     #: Slot, offset of the request, its bytes, its nodeid; whether it has been dealt with.
     Handler: TypeAlias = Callable[[Slot, int, int, int], bool]
+    #: Slot, errno; whether it has been dealt with.
+    FailedHandler: TypeAlias = Callable[[Slot, int], bool]
 
 __all__ = ["Route", "SendAgain"]
 
@@ -69,7 +71,7 @@ class Route:
         self.is_known = is_known
         self.local: Handler | None = None
         self.special: Handler | None = None
-        self.failed: Callable[[Slot, int], bool] | None = None
+        self.failed: FailedHandler | None = None
         self.room = 0
         self.size_at = 0
         self.changes = False

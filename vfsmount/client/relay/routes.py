@@ -170,8 +170,8 @@ def _add_writeback(routes: list[Route], below: WritebackRules, writes: WriteRule
 def _add_reuse(routes: list[Route], parts: Parts, reuse: HandleReuse) -> None:
     """Handles that are opened again."""
     _local(routes, {Opcode.RELEASE: reuse.keep})
-    for opcode in (Opcode.LOOKUP, Opcode.OPEN, Opcode.OPENDIR):
-        routes[opcode].failed = reuse.failed
+    for opcode in (Opcode.LOOKUP, Opcode.OPEN, Opcode.OPENDIR, Opcode.READDIRPLUS):
+        routes[opcode].failed = reuse.retried(routes[opcode].failed)
     reuse.note_handles(routes[Opcode.OPEN], NO_FLUSH if _needs_no_flush(parts.terms) else 0)
 
 
