@@ -238,22 +238,6 @@ static void do_stat(struct run *run)
 	measure_repeatable(run, step_stat);
 }
 
-static void step_look(struct run *run, int i)
-{
-	struct stat st;
-
-	if (fstatat(run->dir, run->names[i], &st, AT_SYMLINK_NOFOLLOW) < 0)
-		die(run, "stat %s", run->names[i]);
-}
-
-/* Show the subject many files, so that its tables have their size when others are measured. */
-static void do_warm_up(struct run *run)
-{
-	open_folder(run, "warm_up");
-	make_names(run, &run->names, "f", run->count);
-	measure(run, step_look);
-}
-
 static void step_miss(struct run *run, int i)
 {
 	struct stat st;
@@ -326,15 +310,12 @@ static void step_open_read_close(struct run *run, int i)
 		die(run, "close %s", run->names[i]);
 }
 
-static void open_each(struct run *run, const char *folder)
+static void do_open_read_close(struct run *run)
 {
-	open_folder(run, folder);
+	open_folder(run, "small");
 	make_names(run, &run->names, "f", run->count);
 	measure_once_each(run, step_open_read_close);
 }
-
-static void do_open_read_close(struct run *run) { open_each(run, "small"); }
-static void do_first_open(struct run *run) { open_each(run, "first_open"); }
 
 static void step_read_page(struct run *run, int i)
 {
@@ -504,7 +485,6 @@ static void change(struct run *run, step call)
 	measure_changes(run, call);
 }
 
-static void do_first_create(struct run *run) { change(run, step_create); }
 static void do_create(struct run *run) { change(run, step_create); }
 static void do_rename(struct run *run) { change(run, step_rename); }
 static void do_unlink(struct run *run) { change(run, step_unlink); }
@@ -564,9 +544,6 @@ static const struct {
 	const char *name;
 	void (*run)(struct run *);
 } operations[] = {
-	{ "first_open", do_first_open },
-	{ "first_create", do_first_create },
-	{ "warm_up", do_warm_up },
 	{ "stat", do_stat },
 	{ "lookup_miss", do_lookup_miss },
 	{ "open_read_close", do_open_read_close },

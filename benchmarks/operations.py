@@ -18,7 +18,6 @@ __all__ = [
     "CHURN_FILES",
     "CROWD",
     "CROWD_FILES",
-    "FIRST",
     "FIRST_READ",
     "OPERATIONS",
     "QUANTITIES",
@@ -26,8 +25,6 @@ __all__ = [
     "RSS_CROWD",
     "RSS_IDLE",
     "TREE_MEBIBYTES",
-    "WARM_UP",
-    "WARM_UP_FILES",
     "WIDE",
     "WIDE_MEBIBYTES",
     "Operation",
@@ -92,10 +89,6 @@ WIDE = "read_4k_wide"
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
     for operation in (
-        # On the first files that a daemon is shown, before it is warmed up: its table of
-        # descriptors grows then, which in a process with threads takes 5 to 54 ms each time.
-        _operation("first_open", "open+read+close, a daemon's first files", 400),
-        _operation("first_create", "create+close, a daemon's first files", 400),
         _operation("stat", "stat", 1000, metadata=True),
         _operation("lookup_miss", "lookup of an absent name", 1000, metadata=True),
         # Opens, reads 4 KiB and closes 4 KiB files.
@@ -118,13 +111,6 @@ OPERATIONS: dict[str, Operation] = {
         _operation("map_8b", "1,000 loads and stores of 8 bytes, mapped", 1000),
     )
 }
-
-#: Run before the clock is of interest; the rest is measured in a steady state.
-FIRST = ("first_open", "first_create")
-#: So many files are looked up behind these, once: the table passes 4096, and with what the others
-#: touch, it stays below the next growth, at 8192.
-WARM_UP = "warm_up"
-WARM_UP_FILES = 4200
 
 # Run in this order, the subject's memory is looked at after each.
 CHURN = ("churn_create", "churn_list", "churn_remove")
@@ -165,11 +151,9 @@ def lay_out_tree(root: Path, *, wide: bool = False) -> None:
     _make_files(root / "stat", STATTED, PAGE)
     _make_files(root / "listing", LISTED, 0)
     _make_files(root / "small", OPERATIONS["open_read_close"].count + SPARE, PAGE)
-    _make_files(root / "first_open", OPERATIONS["first_open"].count + SPARE, PAGE)
-    _make_files(root / "warm_up", WARM_UP_FILES, 0)
     for name in ("rename", "unlink"):
         _make_files(root / name, OPERATIONS[name].count + SPARE, 0)
-    for name in ("first_create", "create", "mkdir", "churn"):
+    for name in ("create", "mkdir", "churn"):
         (root / name).mkdir()
     for number in range(OPERATIONS["rmdir"].count + SPARE):
         (root / "rmdir" / f"f{number:05}").mkdir(parents=True)

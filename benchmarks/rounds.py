@@ -24,14 +24,11 @@ from benchmarks.operations import (
     CHURN_FILES,
     CROWD,
     CROWD_FILES,
-    FIRST,
     FIRST_READ,
     OPERATIONS,
     RSS_CHURN,
     RSS_CROWD,
     RSS_IDLE,
-    WARM_UP,
-    WARM_UP_FILES,
     WIDE,
     lay_out_tree,
     make_crowd,
@@ -236,14 +233,9 @@ def _enter(
 
 
 def _measure(plan: Plan, results: Results, series: Series, actors: Sequence[Actor]) -> None:
-    warm = False
     for name in series.operations:
         if name not in plan.operations:
             continue
-        if not warm and name not in FIRST:
-            warm = True
-            for actor in actors:
-                _load(results, series, actor, WARM_UP, WARM_UP_FILES)
         operation = OPERATIONS[name]
         count = max(1, int(operation.count * plan.share))
         for actor in actors:

@@ -143,7 +143,15 @@ SERIES: dict[str, Series] = {
             ("open_read_close", "create"),
             churn=False,
         ),
-        Series("trees", "auto", False, "passthrough_ll", SHOWN, TREE_ROWS, commands=True),
+        Series(
+            "trees",
+            "auto",
+            False,
+            "passthrough_ll",
+            (*SHOWN, "vfsmount-rust-plain"),
+            TREE_ROWS,
+            commands=True,
+        ),
         Series("fsx", "auto", False, "passthrough_ll", SHOWN, EXERCISES, commands=True),
     )
 }
