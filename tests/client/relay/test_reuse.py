@@ -5,20 +5,26 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.client.pyfuse.fake_session import attributes
 from tests.client.relay.fake_kernel import Stage, on_stage
+from tests.support.daemons import DAEMON_KINDS, daemon_marks
 from tests.support.shares import Shared, messages, open_shared
 from tests.support.wait import wait_until, wait_until_async
 from vfsmount.cache.policy import CachePolicy
+from vfsmount.client.mount.status import read_status
+from vfsmount.client.relay.passthrough import PASS_FROM
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import Opcode, OpenOutFlag
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Any
 
     from vfsmount.testing.fake_device import DeviceRequest
 
@@ -299,7 +305,7 @@ async def test_a_daemon_without_descriptors_gets_them_back(opcode: Opcode, body:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(kind, marks=pytest.mark.needs_daemon) for kind in ["c", "rust"]],
+    params=[pytest.param(kind, marks=daemon_marks(kind)) for kind in DAEMON_KINDS],
 )
 def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
     with open_shared(request.param, "relay", "auto", options=("--timeout", "600")) as shared:
@@ -397,3 +403,80 @@ def test_a_daemon_with_few_descriptors_serves_more_files_than_it_could_keep() ->
             (host / f"file-{number:03}").write_text(str(number))
         for number in range(1000):
             assert (mounted / f"file-{number:03}").read_text() == str(number)
+
+
+# --- files that the kernel reads and writes by itself ---
+
+
+@pytest.fixture(scope="module")
+def windowed() -> Iterator[Shared]:
+    """Over the bundled daemon, whose files from `PASS_FROM` bytes on are passed through."""
+    with open_shared("bundled", "relay", "auto", options=("--timeout", "600")) as shared:
+        if not facts(shared)["active"]:
+            pytest.skip("no FUSE passthrough here")
+        yield shared
+
+
+def facts(shared: Shared) -> dict[str, Any]:
+    found: dict[str, Any] = read_status(str(shared.mounts[0].path))["dax"]
+    return found
+
+
+@pytest.mark.needs_fuse
+def test_a_file_that_has_grown_is_passed_through(windowed: Shared) -> None:
+    host, mounted = windowed.folder()
+    (host / "file").write_bytes(b"small")
+    before = opens(windowed)
+    for _ in range(3):
+        assert (mounted / "file").read_bytes() == b"small"
+    assert opens(windowed) == before + 1
+    passed = facts(windowed)["opens"]
+    (host / "file").write_bytes(bytes(PASS_FROM))
+    for number in range(1, 4):
+        assert (mounted / "file").read_bytes() == bytes(PASS_FROM)
+        assert facts(windowed)["opens"] == passed + number
+    (host / "file").write_bytes(b"small")
+    for _ in range(3):
+        assert (mounted / "file").read_bytes() == b"small"
+
+
+@pytest.mark.needs_fuse
+def test_all_opens_of_a_file_are_of_one_kind(windowed: Shared) -> None:
+    """While a kept handle that went by message waits, the file is passed through."""
+    host, mounted = windowed.folder()
+    (host / "file").write_bytes(b"small")
+    (mounted / "file").read_bytes()  # its handle is kept
+    with (mounted / "file").open("r+b", buffering=0) as writer:
+        writer.truncate(PASS_FROM)
+        assert len((mounted / "file").read_bytes()) == PASS_FROM
+        with (mounted / "file").open("rb") as reader:
+            writer.write(b"large")
+            assert reader.read(5) == b"large"
+    (mounted / "file").read_bytes()
+    with (mounted / "file").open("r+b", buffering=0) as passed:
+        assert (mounted / "file").read_bytes()[:5] == b"large"
+        passed.write(b"again")
+        assert (host / "file").read_bytes()[:5] == b"again"
+        assert (mounted / "file").read_bytes()[:5] == b"again"
+
+
+@pytest.mark.needs_fuse
+@pytest.mark.parametrize("options", [(), ("--dax", "1G")], ids=["default", "all"])
+def test_many_opens_at_once(options: tuple[str, ...]) -> None:
+    """Threads that open and close a few files of all sizes; what they read is what is there."""
+    with open_shared("bundled", "relay", "auto", options=options) as shared:
+        host, mounted = shared.folder()
+        sizes = (10, 5000, PASS_FROM - 1, PASS_FROM, PASS_FROM + 1)
+        for size in sizes:
+            (host / str(size)).write_bytes(b"%d" % size * (size // len(str(size))))
+
+        def work(seed: int) -> None:
+            dice = random.Random(seed)
+            for _ in range(100):
+                size = dice.choice(sizes)
+                mode = dice.choice(("rb", "rb", "r+b"))
+                with (mounted / str(size)).open(mode) as file:
+                    assert file.read(3 * len(str(size))) == b"%d" % size * 3
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))

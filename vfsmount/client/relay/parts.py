@@ -81,7 +81,8 @@ class Parts:
             loan, policy, self.memory.names, self.memory.walkers, self.passthrough
         )
         self.device = DevicePort(loan, orders, self.opens)
-        self.reuse = HandleReuse(self) if policy.revalidate and window is None else None
+        some_by_message = window is None or pass_from > 0
+        self.reuse = HandleReuse(self) if policy.revalidate and some_by_message else None
         self.set_id = SetIdBits(loan, self.device, self.kernel, self.opens, self.memory.modes)
         self.late = LateReplies(loan, self.kernel, self.device, self.forget, self.memory.released)
         self.answers = Answers(loan, policy, self.kernel, self.opens, self.late, self.memory.xattrs)

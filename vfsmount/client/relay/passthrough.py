@@ -318,6 +318,11 @@ class Passthrough:
         check.fh = fh
         return 0
 
+    def opened_again(self, nodeid: int, fh: int) -> None:
+        """An open is answered with a handle that went by message before (``reuse``)."""
+        self._by_message += 1
+        self.nodes.opened_by_message(self.nodes.make(nodeid), fh)
+
     def taken_back(self, check: OpenCheck) -> None:
         """The kernel has not taken the answer to an open."""
         if check.fh is not None:

@@ -6,9 +6,8 @@ An OPEN sends its question alone, and waits for the answer as if the daemon had 
     OPEN      question, unchanged: answered with the kept handle
               question, else: the handle goes back, and the OPEN to the daemon after all
 
-So a file opened again costs the daemon one message in place of three.
-
-Not where the kernel has backing files (``passthrough``), which are set up by each open.
+So a file opened again costs the daemon one message in place of three. With DAX this is for files
+that are too small to be passed through: as long as one has not changed, it stays so.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ class HandleReuse:
     """Keeps handles, and answers OPENs with them.
 
     Args:
-        parts: Of the relay, in a mode in which opens ask, without passthrough.
+        parts: Of the relay, in a mode in which opens ask, and not every file is passed through.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -74,6 +73,7 @@ class HandleReuse:
         self._kernel = parts.kernel
         self._device = parts.device
         self._opens = parts.opens
+        self._passthrough = parts.passthrough
         self._flags = _KEEP_CACHE
 
     def note_handles(self, route: Route, flags: int) -> None:
@@ -107,11 +107,20 @@ class HandleReuse:
         fh, flags, release_flags = _RELEASE_IN(self._map, at + _IN)
         if flags & os.O_ACCMODE or release_flags or nodeid in self._locked:
             return False
+        if self._passthrough is not None and self._passthrough.nodes.is_passed(nodeid):
+            return False
         now = perf_counter_ns()
-        if not self._kept.keep(nodeid, fh, now):
+        if not self._keep(nodeid, fh, now):
             return False
         self._kernel.answer(slot.answers)
         self._give_back(now, 2)  # one more than comes, so that they become fewer
+        return True
+
+    def _keep(self, nodeid: int, fh: int, now: int) -> bool:
+        if not self._kept.keep(nodeid, fh, now):
+            return False
+        if self._passthrough is not None:
+            self._passthrough.nodes.released(fh)
         return True
 
     def begin(self, slot: Slot, at: int, nodeid: int) -> bool:
@@ -137,21 +146,24 @@ class HandleReuse:
         """Judge a kept handle by the answer; False when the OPEN goes to the daemon after all."""
         nodeid, (fh,) = slot.nodeid, _FH(check.reply)
         verdict = self._opens.judge_again(nodeid, check)
-        if not verdict.keep_pages:
+        passed = self._passthrough
+        if not verdict.keep_pages or (passed and not passed.nodes.may_go_by_message(nodeid)):
             self._device.post_release(nodeid, fh)
-            check.is_reused = check.replied = False
-            check.reply = b""
+            slot.check = None
+            self._opens.begin(slot)
             self._device.submit(slot)
             self._device.kick()
             return False
         self._kept.opened(nodeid, fh, check.opener)
+        if passed is not None:
+            passed.opened_again(nodeid, fh)
         try:
             if not verdict.keep_attributes:
                 with suppress(OSError):  # forgotten meanwhile
                     self._kernel.write(invalidation(nodeid))
             self._kernel.write(_OUT_HEADER(_OUT + _OPEN_OUT, 0, slot.answers) + check.reply)
         except OSError:  # nobody waits any more
-            self._kept.keep(nodeid, fh, perf_counter_ns())
+            self._keep(nodeid, fh, perf_counter_ns())
         return True
 
     def retried(self, then: FailedHandler | None) -> FailedHandler:
