@@ -243,7 +243,7 @@ class OpenChecks:
             self._note_gone(slot.nodeid, check)
         if not check.replied:
             return None
-        return slot if self._is_ready(slot, check) else None
+        return slot if check.is_reused or self._is_ready(slot, check) else None
 
     def learned(self, pending: Pending) -> Sequence[Slot]:
         """Another request of our own is through; return the opens that need not wait any more."""

@@ -128,7 +128,7 @@ class HandleReuse:
         if not self._kept:
             return False
         opener = _OPENER(self._map, at)
-        fh = self._kept.take(nodeid, opener, perf_counter_ns())
+        fh = self._kept.take(nodeid, opener, slot.started_ns)
         if fh is None:
             return False
         check = self._opens.begin_check(slot)
