@@ -6,17 +6,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from tests.client.pyfuse.fake_session import attributes
+from vfsmount.cache.freshness import signature_of
 from vfsmount.cache.kept_handles import KeptHandles, Opener
 
 SECOND = 1_000_000_000
 ME = Opener(1000, 1000, 0)
 NODE, FH = 7, 3
+RAW = signature_of(attributes(size=5, ctime=1))
 
 
 def kept_one(valid: float = 1.0, limit: int = 8) -> KeptHandles:
     """Keep one handle, closed at 0."""
     kept = KeptHandles(valid, limit)
-    kept.opened(NODE, FH, ME)
+    kept.opened(NODE, FH, ME, RAW, 0)
     assert kept.keep(NODE, FH, 0)
     return kept
 
@@ -40,14 +43,14 @@ def test_for_a_second_at_most() -> None:
     assert kept_one(600.0).take(NODE, ME, SECOND) is None
     assert kept_one(0.5).take(NODE, ME, SECOND // 2) is None
     kept = KeptHandles(0.0)
-    kept.opened(NODE, FH, ME)
+    kept.opened(NODE, FH, ME, RAW, 0)
     assert not kept.keep(NODE, FH, 0)
 
 
 def test_what_is_due_is_given_back_oldest_first() -> None:
     kept = kept_one()
-    kept.opened(8, 4, ME)
-    assert kept.keep(8, 4, 10)
+    kept.opened(8, 4, ME, RAW, 10)
+    assert kept.keep(8, 4, 20)
     assert kept.due() == SECOND
     assert kept.pop_due(SECOND - 1) is None
     assert kept.pop_due(SECOND) == (NODE, FH)
@@ -57,29 +60,48 @@ def test_what_is_due_is_given_back_oldest_first() -> None:
 
 def test_too_many_are_given_back_before_their_time() -> None:
     kept = kept_one(limit=1)
-    kept.opened(8, 4, ME)
+    kept.opened(8, 4, ME, RAW, 0)
     assert kept.keep(8, 4, 1)
     assert kept.pop_due(1) == (NODE, FH)
     assert kept.pop_due(1) is None
 
 
-def test_one_for_each_file() -> None:
+def test_one_for_each_file_the_last_that_was_closed() -> None:
     kept = kept_one()
-    kept.opened(NODE, 4, ME)
-    assert not kept.keep(NODE, 4, 1)
+    kept.opened(NODE, 4, ME._replace(uid=0), RAW, 0)
+    assert kept.keep(NODE, 4, 1)
+    assert kept.due() == 0
+    assert kept.pop_due(1) == (NODE, FH)
+    assert kept.pop_due(1) is None
+    assert kept.take(NODE, ME._replace(uid=0), 1) == 4
+
+
+def test_the_second_begins_when_the_daemon_opens_it() -> None:
+    kept = kept_one()
+    assert kept.take(NODE, ME, SECOND - 2) == FH
+    assert kept.keep(NODE, FH, SECOND - 1)
+    assert kept.take(NODE, ME, SECOND) is None
+    assert kept.pop_due(SECOND) == (NODE, FH)
+    kept.opened(NODE, 4, ME, RAW, 0)
+    assert not kept.keep(NODE, 4, SECOND)
+
+
+def test_what_the_file_was_like_is_remembered() -> None:
+    kept = kept_one()
+    assert not kept.is_as_opened(FH, RAW)  # nobody has it
     assert kept.take(NODE, ME, 1) == FH
+    assert kept.is_as_opened(FH, RAW)
+    assert not kept.is_as_opened(FH, signature_of(attributes(size=5, ctime=2)))
+    assert not kept.is_as_opened(4, RAW)
 
 
 def test_handles_that_nobody_has_told_of_are_not_kept() -> None:
     kept = KeptHandles(1.0)
     assert not kept.keep(NODE, FH, 0)
-    kept.opened(NODE, FH, ME)
-    kept.opened(NODE, FH, None)  # the number again, for a handle of another kind
-    assert not kept.keep(NODE, FH, 0)
-    kept.opened(NODE, FH, ME)
+    kept.opened(NODE, FH, ME, RAW, 0)
     kept.released(FH)
     assert not kept.keep(NODE, FH, 0)
-    kept.opened(NODE, FH, ME)
+    kept.opened(NODE, FH, ME, RAW, 0)
     assert not kept.keep(NODE + 1, FH, 0)
 
 
@@ -95,7 +117,7 @@ def test_after_the_end_all_is_due() -> None:
     kept.stop()
     assert kept.take(NODE, ME, 1) is None
     assert kept.pop_due(0) == (NODE, FH)
-    kept.opened(NODE, FH, ME)
+    kept.opened(NODE, FH, ME, RAW, 0)
     assert not kept.keep(NODE, FH, 0)
 
 
@@ -116,9 +138,9 @@ class Model(RuleBasedStateMachine):
         fh = self.kept.take(node, opener, self.now)
         if fh is None:
             fh, self.next_fh = self.next_fh, self.next_fh + 1
+            self.kept.opened(node, fh, opener, RAW, self.now)
         else:
             assert self.asleep.pop(fh) == node
-        self.kept.opened(node, fh, opener)
         self.in_use[fh] = node
 
     @rule(data=st.data())
@@ -129,6 +151,8 @@ class Model(RuleBasedStateMachine):
         node = self.in_use.pop(fh)
         if self.kept.keep(node, fh, self.now):
             self.asleep[fh] = node
+        else:
+            self.kept.released(fh)
 
     @rule(passed=st.integers(0, SECOND))
     def wait(self, passed: int) -> None:
@@ -147,7 +171,6 @@ class Model(RuleBasedStateMachine):
     def agree(self) -> None:
         self.kept.check_invariants()
         assert len(self.kept) == len(self.asleep)
-        assert len(set(self.asleep.values())) == len(self.asleep)
 
 
 TestModel = Model.TestCase

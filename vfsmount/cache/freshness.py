@@ -29,6 +29,7 @@ __all__ = [
     "SIGNATURE_SIZE",
     "Freshness",
     "Verdict",
+    "is_same",
     "signature_of",
 ]
 
@@ -74,7 +75,7 @@ def _essence(raw: bytes) -> tuple[int, ...]:
     return fields[:-1]
 
 
-def _is_same(before: bytes | None, now: bytes) -> bool:
+def is_same(before: bytes | None, now: bytes) -> bool:
     """Whether two signatures tell of the same contents; no signature tells of nothing."""
     return before is not None and (before == now or _essence(before) == _essence(now))
 
@@ -113,7 +114,7 @@ class Freshness:
 
     def is_given(self, nodeid: int, raw: bytes) -> bool:
         """Whether the file is as the attributes say that the kernel was told last."""
-        return _is_same(self._given.get(nodeid), raw)
+        return is_same(self._given.get(nodeid), raw)
 
     def is_replaced(self, nodeid: int, raw: bytes) -> bool:
         """Whether a node that is opened has no name any more.
@@ -137,12 +138,14 @@ class Freshness:
         self._opened[nodeid] = raw
         if len(self._opened) > self._limit:
             _give_up(self._opened)
-        return _VERDICTS[_is_same(before, raw), _is_same(given, raw)]
+        return _VERDICTS[is_same(before, raw), is_same(given, raw)]
 
     def compare(self, nodeid: int, raw: bytes) -> Verdict:
         """Judge as ``open`` does, and remember nothing. What has no name any more has changed."""
+        if not _NLINK.unpack(raw)[0]:
+            return NOTHING_KNOWN
         opened, given = self._opened.get(nodeid), self._given.get(nodeid)
-        return _VERDICTS[_is_same(opened, raw), _is_same(given, raw)]
+        return _VERDICTS[is_same(opened, raw), is_same(given, raw)]
 
     def changed(self, nodeid: int) -> None:
         """The contents change in a way that no page of the kernel has seen."""

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
+import trio
 
 from tests.client.pyfuse.fake_session import attributes
 from tests.client.relay.fake_kernel import Stage, on_stage
@@ -50,11 +51,14 @@ class Host:
         self.released: list[int] = []
         self.errors: dict[int, int] = {}
         self.open_flags = 0
-        self.holds = False
+        self.holds = self.holds_lookups = False
         self.held: list[DeviceRequest] = []
 
     def __call__(self, request: DeviceRequest) -> None:
-        if self.holds and request.header.opcode == Opcode.GETATTR:
+        opcode = request.header.opcode
+        if (self.holds and opcode == Opcode.GETATTR) or (
+            self.holds_lookups and opcode == Opcode.LOOKUP
+        ):
             self.held.append(request)
         else:
             self.answer(request)
@@ -213,8 +217,58 @@ async def test_two_users_at_once_have_two_handles() -> None:
         assert first != second
         await close(stage, first)
         await close(stage, second)
-        await stage.call(Opcode.STATFS)
-        assert host.released == [second]  # one is enough
+        await wait_until_async(lambda: host.released == [first], DUE, "one to be released")
+        assert await opened(stage) == second
+
+
+@pytest.mark.usefixtures("_for_long")
+async def test_a_change_that_another_open_has_seen_counts() -> None:
+    """Permissions may have changed, and who opens again is not who has looked."""
+    host = Host()
+    async with on_stage(host, LONG) as stage:
+        await close(stage, await opened(stage, uid=1000))
+        host.change()
+        await opened(stage, os.O_RDWR)
+        assert await opened(stage, uid=1000) == 3
+        await wait_until_async(lambda: host.released == [1], DUE, "the old handle to be released")
+
+
+@pytest.mark.usefixtures("_for_long")
+async def test_a_file_without_a_name_is_looked_up_anew() -> None:
+    """Also where the host does not say that anything else has changed."""
+    host = Host()
+    async with on_stage(host, LONG) as stage:
+        await close(stage, await opened(stage))
+        host.attr = host.attr._replace(nlink=0)
+        reply = await stage.call(Opcode.OPEN, NODE, fuse.OPEN_IN.values(READ_ONLY, 0))
+        assert reply.errno == errno.ESTALE
+        await wait_until_async(lambda: sorted(host.released) == [1, 2], DUE, "both handles")
+
+
+async def test_a_handle_is_used_for_a_second_and_no_longer() -> None:
+    """The daemon hears of an open each second, however often the file is opened."""
+    host = Host()
+    async with on_stage(host, LONG) as stage:
+        end = trio.current_time() + DUE
+        while await reopened(stage) == 1:
+            await close(stage, 1)
+            assert trio.current_time() < end
+
+
+@pytest.mark.usefixtures("_for_long")
+async def test_all_who_lacked_descriptors_are_served() -> None:
+    host = Host()
+    async with on_stage(host, LONG) as stage:
+        await close(stage, await opened(stage))
+        host.holds_lookups = True
+        uniques = {stage.send(Opcode.LOOKUP, 1, b"name\0") for _ in range(3)}
+        await wait_until_async(lambda: len(host.held) == 3, DUE, "the lookups")
+        host.holds_lookups = False
+        for request in host.held:
+            request.reply(error=-errno.EMFILE)
+        replies = [await stage.receive() for _ in uniques]
+        assert {reply.unique for reply in replies} == uniques
+        assert {reply.errno for reply in replies} == {0}
 
 
 @pytest.mark.usefixtures("_for_long")
@@ -296,7 +350,7 @@ async def test_a_daemon_without_descriptors_gets_them_back(opcode: Opcode, body:
         assert host.seen.count(opcode) == seen + 2
         assert host.released == [1]
         host.errors.clear()
-        assert await reopened(stage) != await opened(stage)
+        await close(stage, await opened(stage))
         await wait_until_async(lambda: len(host.released) == 2, DUE, "nothing to be kept")
 
 

@@ -372,6 +372,7 @@ class Loop:
         check = slot.check
         if check is not None and check.reply:
             if check.is_reused and self._reuse is not None:
+                self._answers.counted_ns = slot.started_ns  # for the caretaker's sake
                 if self._reuse.finish(slot, check):
                     self._free(slot)
                 return
@@ -403,7 +404,7 @@ class Loop:
             if ready is not None:
                 self._finish(ready)
             return
-        if pending.opcode == _RELEASE:
+        if pending.opcode == _RELEASE and pending.state == POSTED:
             self._answers.count_own(pending)
         opened = self._opens.learned(pending)
         cleared, error = self._set_id.learned(pending)

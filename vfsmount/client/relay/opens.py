@@ -42,6 +42,7 @@ from vfsmount.wire.fuse import NotifyCode, Opcode, OpenOutFlag
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vfsmount.cache.kept_handles import KeptHandles
     from vfsmount.cache.known_names import KnownNames
     from vfsmount.cache.policy import CachePolicy
     from vfsmount.cache.walkers import Walkers
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from vfsmount.client.relay.passthrough import Passthrough
     from vfsmount.client.relay.slots import Slot
 
-__all__ = ["CHANGES", "OpenCheck", "OpenChecks", "invalidation"]
+__all__ = ["CHANGES", "OPENER", "OpenCheck", "OpenChecks", "invalidation"]
 
 #: Requests that may change attributes, also of nodes that they do not even name.
 CHANGES: Final = frozenset(
@@ -75,6 +76,13 @@ _INVAL: Final = struct.Struct("<Qqq")  # fuse_notify_inval_inode_out: ino, off, 
 _KEEP_CACHE: Final = int(OpenOutFlag.KEEP_CACHE)
 _DIRECT_IO: Final = int(OpenOutFlag.DIRECT_IO)
 _CACHE_DIR: Final = int(OpenOutFlag.CACHE_DIR)
+#: uid and gid of ``fuse_in_header``, flags of ``fuse_open_in``: a ``kept_handles.Opener``.
+OPENER: Final = struct.Struct("<24xII8xI").unpack_from
+_OPENED: Final = struct.Struct("<QI").unpack_from  # open_out: fh, open_flags
+#: Handles of opens with any of these are not kept.
+_UNLIKE: Final = os.O_ACCMODE | os.O_TRUNC | os.O_DIRECT
+#: What may be said of a handle that is kept; all of it is for the policy to say.
+_POLICY_FLAGS: Final = int(OpenOutFlag.KEEP_CACHE | OpenOutFlag.NOFLUSH | OpenOutFlag.CACHE_DIR)
 #: Answers that may be parked; more only when the kernel never asks.
 _PARKED: Final = 64
 #: Nanoseconds for which they are: fstat(2) comes at once, or is somebody else's.
@@ -99,7 +107,6 @@ class OpenCheck:
         reply: The body of the OPEN's reply, read once where it has to wait: node and handle are
             taken from here, because the daemon can still write to shared memory.
         fh: The handle, once it is counted as open; only with ``passthrough``.
-        opener: Who opens, where ``is_reused``.
         version: Changes begun when it was sent, or -1 when some were on their way.
         sent: When, ``perf_counter_ns``.
     """
@@ -111,7 +118,6 @@ class OpenCheck:
     body: bytes | None = None
     reply = b""
     fh: int | None = None
-    opener: tuple[int, ...] | None = None
     version = -1
     sent = 0
 
@@ -128,6 +134,7 @@ class OpenChecks:
         policy: The cache policy; without ``revalidate`` nothing is checked.
         names: Directories of which the kernel knows the names.
         walkers: Who looks at nothing in them.
+        kept: Is told of handles that may be kept.
         passthrough: Has backing files set up; None without DAX.
 
     Attributes:
@@ -140,11 +147,12 @@ class OpenChecks:
         policy: CachePolicy,
         names: KnownNames,
         walkers: Walkers,
+        kept: KeptHandles,
         passthrough: Passthrough | None = None,
     ) -> None:
         self.passthrough = passthrough
         self.fresh = Freshness() if policy.revalidate else None
-        self._names, self._walkers = names, walkers
+        self._names, self._walkers, self._kept = names, walkers, kept
         self._listings = KeptListings()
         self._questions = Questions(loan)
         self._map = loan.memory.map
@@ -271,15 +279,31 @@ class OpenChecks:
             flags: int = _U32.unpack_from(self._map, at)[0]
             if not flags & _DIRECT_IO:
                 _U32.pack_into(self._map, at, flags | _KEEP_CACHE)
-        if body is not None and not verdict.replaced:
+        if body is not None and raw is not None and not verdict.replaced:
             self._park(slot.nodeid, body, check)
+            self._note_handle(slot, raw, check.sent)
         return verdict
 
-    def judge_again(self, nodeid: int, check: OpenCheck) -> Verdict:
-        """Judge an OPEN that the daemon is spared if the file is what the last one has found."""
+    def _note_handle(self, slot: Slot, raw: bytes, sent: int) -> None:
+        """Take note of the handle in an OPEN's reply, if it may be kept when it is closed."""
+        opener = OPENER(self._map, slot.at)
+        fh, flags = _OPENED(self._map, slot.data_at)
+        if opener[2] & _UNLIKE or flags & ~_POLICY_FLAGS or slot.length < fuse.OPEN_OUT.size:
+            self._kept.released(fh)
+        else:
+            self._kept.opened(slot.nodeid, fh, opener, raw, sent)
+
+    def judge_again(self, nodeid: int, fh: int, check: OpenCheck) -> Verdict:
+        """Judge an OPEN that the daemon is spared if the file is what it was when it was opened.
+
+        Both times: by the daemon, with that handle, and for the kernel, whose pages are from then.
+        """
         if check.body is None or self.fresh is None:
             return NOTHING_KNOWN
-        verdict = self.fresh.compare(nodeid, check.body[_SIGNATURE])
+        raw = check.body[_SIGNATURE]
+        if not self._kept.is_as_opened(fh, raw):
+            return NOTHING_KNOWN
+        verdict = self.fresh.compare(nodeid, raw)
         if verdict.keep_pages:
             self._park(nodeid, check.body, check)
         return verdict

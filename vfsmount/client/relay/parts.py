@@ -78,7 +78,12 @@ class Parts:
         self.memory = Memory(policy)
         self.kernel = KernelPort(dev_fuse)
         self.opens = OpenChecks(
-            loan, policy, self.memory.names, self.memory.walkers, self.passthrough
+            loan,
+            policy,
+            self.memory.names,
+            self.memory.walkers,
+            self.memory.kept,
+            self.passthrough,
         )
         self.device = DevicePort(loan, orders, self.opens)
         some_by_message = window is None or pass_from > 0

@@ -21,18 +21,15 @@ from typing import TYPE_CHECKING, Final
 
 from vfsmount.cache.policy import FOREVER
 from vfsmount.channel.inflight import DONE
-from vfsmount.client.relay.opens import invalidation
+from vfsmount.client.relay.opens import OPENER, invalidation
 from vfsmount.client.relay.route import SendAgain
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import OpenOutFlag
 
 if TYPE_CHECKING:
-    import mmap
-
     from vfsmount.client.relay.opens import OpenCheck
     from vfsmount.client.relay.parts import Parts
-    from vfsmount.client.relay.rewrite import Rewriter
-    from vfsmount.client.relay.route import FailedHandler, Route
+    from vfsmount.client.relay.route import FailedHandler
     from vfsmount.client.relay.slots import Slot
 
 __all__ = ["HandleReuse"]
@@ -40,18 +37,11 @@ __all__ = ["HandleReuse"]
 _IN: Final = fuse.IN_HEADER.size
 _OUT: Final = fuse.OUT_HEADER.size
 _OPEN_OUT: Final = fuse.OPEN_OUT.size
-#: uid and gid of ``fuse_in_header``, flags of ``fuse_open_in``: a ``kept_handles.Opener``.
-_OPENER: Final = struct.Struct("<24xII8xI").unpack_from
-_OPENED: Final = struct.Struct("<QI").unpack_from  # open_out: fh, open_flags
 _RELEASE_IN: Final = struct.Struct("<QII").unpack_from  # fh, flags, release_flags
 _FH: Final = struct.Struct("<Q").unpack_from
 _OUT_HEADER: Final = struct.Struct("<IiQ").pack
 _OPEN_REPLY: Final = struct.Struct("<QII").pack  # open_out: fh, open_flags, backing_id
 _KEEP_CACHE: Final = int(OpenOutFlag.KEEP_CACHE)
-#: Opens with any of these are neither answered so, nor are their handles kept.
-_UNLIKE: Final = os.O_ACCMODE | os.O_TRUNC | os.O_DIRECT
-#: What the daemon may say of a handle that is kept; all of it is for the policy to say.
-_POLICY_FLAGS: Final = int(OpenOutFlag.KEEP_CACHE | OpenOutFlag.NOFLUSH | OpenOutFlag.CACHE_DIR)
 _NO_DESCRIPTORS: Final = frozenset((errno.EMFILE, errno.ENFILE))
 #: Handles given back at once when nobody closes any: 5 us each.
 _AT_ONCE: Final = 256
@@ -64,6 +54,9 @@ class HandleReuse:
 
     Args:
         parts: Of the relay, in a mode in which opens ask, and not every file is passed through.
+
+    Attributes:
+        flags: What the kernel is told of the handles (``OpenOutFlag``).
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -74,33 +67,8 @@ class HandleReuse:
         self._device = parts.device
         self._opens = parts.opens
         self._passthrough = parts.passthrough
-        self._flags = _KEEP_CACHE
-
-    def note_handles(self, route: Route, flags: int) -> None:
-        """Take note of what comes of OPENs.
-
-        Args:
-            route: Of OPEN, complete but for this.
-            flags: What the kernel is told of handles for reading (``OpenOutFlag``), besides that
-                pages are kept.
-        """
-        if route.rewrite is not None:
-            route.rewrite = self._noting(route.rewrite)
-        self._flags = flags | _KEEP_CACHE
-
-    def _noting(self, then: Rewriter) -> Rewriter:
-        opened = self._kept.opened
-
-        def rewrite(memory: mmap.mmap, at: int, length: int, nodeid: int, request: int) -> None:
-            then(memory, at, length, nodeid, request)
-            if length < _OPEN_OUT:
-                return
-            opener = _OPENER(memory, request)
-            fh, flags = _OPENED(memory, at)
-            is_alike = not (opener[2] & _UNLIKE or flags & ~_POLICY_FLAGS)
-            opened(nodeid, fh, opener if is_alike else None)
-
-        return rewrite
+        self._stopped_ns = 0
+        self.flags = _KEEP_CACHE
 
     def keep(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
         """RELEASE: keep the handle, if an open may have it."""
@@ -110,34 +78,27 @@ class HandleReuse:
         if self._passthrough is not None and self._passthrough.nodes.is_passed(nodeid):
             return False
         now = perf_counter_ns()
-        if not self._keep(nodeid, fh, now):
-            return False
-        self._kernel.answer(slot.answers)
-        self._give_back(now, 2)  # one more than comes, so that they become fewer
-        return True
-
-    def _keep(self, nodeid: int, fh: int, now: int) -> bool:
         if not self._kept.keep(nodeid, fh, now):
             return False
         if self._passthrough is not None:
             self._passthrough.nodes.released(fh)
+        self._kernel.answer(slot.answers)
+        self._give_back(now, 2)  # one more than comes, so that they become fewer
         return True
 
     def begin(self, slot: Slot, at: int, nodeid: int) -> bool:
         """Ask whether a kept handle answers an OPEN; False when there is none."""
         if not self._kept:
             return False
-        opener = _OPENER(self._map, at)
-        fh = self._kept.take(nodeid, opener, slot.started_ns)
+        fh = self._kept.take(nodeid, OPENER(self._map, at), slot.started_ns)
         if fh is None:
             return False
         check = self._opens.begin_check(slot)
         if check.pending is None:  # no room for a question
-            self._device.post_release(nodeid, fh)
+            self._send_back(nodeid, fh)
             return False
         check.is_reused = check.replied = True
-        check.reply = _OPEN_REPLY(fh, self._flags, 0)
-        check.opener = opener
+        check.reply = _OPEN_REPLY(fh, self.flags, 0)
         slot.state = DONE
         self._device.kick()
         return True
@@ -145,44 +106,54 @@ class HandleReuse:
     def finish(self, slot: Slot, check: OpenCheck) -> bool:
         """Judge a kept handle by the answer; False when the OPEN goes to the daemon after all."""
         nodeid, (fh,) = slot.nodeid, _FH(check.reply)
-        verdict = self._opens.judge_again(nodeid, check)
-        passed = self._passthrough
+        verdict, passed = self._opens.judge_again(nodeid, fh, check), self._passthrough
         if not verdict.keep_pages or (passed and not passed.nodes.may_go_by_message(nodeid)):
-            self._device.post_release(nodeid, fh)
+            self._send_back(nodeid, fh)
             slot.check = None
             self._opens.begin(slot)
             self._device.submit(slot)
             self._device.kick()
             return False
-        self._kept.opened(nodeid, fh, check.opener)
-        if passed is not None:
-            passed.opened_again(nodeid, fh)
         try:
             if not verdict.keep_attributes:
                 with suppress(OSError):  # forgotten meanwhile
                     self._kernel.write(invalidation(nodeid))
             self._kernel.write(_OUT_HEADER(_OUT + _OPEN_OUT, 0, slot.answers) + check.reply)
         except OSError:  # nobody waits any more
-            self._keep(nodeid, fh, perf_counter_ns())
+            self._send_back(nodeid, fh)
+        else:
+            if passed is not None:
+                passed.opened_again(nodeid, fh)
         return True
 
     def retried(self, then: FailedHandler | None) -> FailedHandler:
         """Return what is done when a request has failed that changes nothing: it may be sent again.
 
-        A daemon that has run out of descriptors gets those back that are kept, and no more are.
+        A daemon that has run out of descriptors gets those back that are kept, and no more are
+        until the mount ends. All that was sent before is sent again, once.
 
         Args:
             then: What is done else.
         """
 
         def failed(slot: Slot, number: int) -> bool:
-            if number in _NO_DESCRIPTORS and self._kept:
-                self._kept.stop()
-                self._give_back(perf_counter_ns(), len(self._kept))
-                raise SendAgain
+            if number in _NO_DESCRIPTORS:
+                now = perf_counter_ns()
+                if self._kept:
+                    self._stopped_ns = now
+                    self._kept.stop()
+                    self._give_back(now, len(self._kept))
+                if slot.started_ns < self._stopped_ns:
+                    slot.started_ns = now
+                    raise SendAgain
             return then is not None and then(slot, number)
 
         return failed
+
+    def _send_back(self, nodeid: int, fh: int) -> None:
+        """Give a handle back that was taken."""
+        self._kept.released(fh)
+        self._device.post_release(nodeid, fh)
 
     def forget(self, nodeid: int) -> None:
         """The kernel is about to forget a node."""

@@ -45,6 +45,11 @@ ROUTES: Final = max(Opcode.COPY_FILE_RANGE_64, 63) + 1
 
 _MAKES: Final = (Opcode.CREATE, Opcode.TMPFILE)
 _COPIES: Final = (Opcode.COPY_FILE_RANGE, Opcode.COPY_FILE_RANGE_64)
+#: What takes a descriptor of the daemon's, for a moment at least, and changes nothing.
+_LOOKS: Final = (
+    Opcode.LOOKUP, Opcode.GETATTR, Opcode.READLINK, Opcode.GETXATTR, Opcode.LISTXATTR,
+    Opcode.STATFS, Opcode.OPEN, Opcode.OPENDIR, Opcode.READDIRPLUS,
+)  # fmt: skip
 _XATTR_CHANGES: Final = (Opcode.SETXATTR, Opcode.REMOVEXATTR)
 
 
@@ -170,9 +175,10 @@ def _add_writeback(routes: list[Route], below: WritebackRules, writes: WriteRule
 def _add_reuse(routes: list[Route], parts: Parts, reuse: HandleReuse) -> None:
     """Handles that are opened again."""
     _local(routes, {Opcode.RELEASE: reuse.keep})
-    for opcode in (Opcode.LOOKUP, Opcode.OPEN, Opcode.OPENDIR, Opcode.READDIRPLUS):
+    for opcode in _LOOKS:
         routes[opcode].failed = reuse.retried(routes[opcode].failed)
-    reuse.note_handles(routes[Opcode.OPEN], NO_FLUSH if _needs_no_flush(parts.terms) else 0)
+    if _needs_no_flush(parts.terms):
+        reuse.flags |= NO_FLUSH
 
 
 def _local(routes: list[Route], table: Mapping[Opcode, Handler]) -> None:
