@@ -11,7 +11,8 @@ from vfsmount.cache.freshness import signature_of
 from vfsmount.cache.kept_handles import KeptHandles, Opener
 
 SECOND = 1_000_000_000
-ME = Opener(1000, 1000, 0)
+ME: Opener = (1000, 1000, 0)
+ROOT: Opener = (0, 1000, 0)
 NODE, FH = 7, 3
 RAW = signature_of(attributes(size=5, ctime=1))
 
@@ -32,7 +33,7 @@ def test_the_next_open_gets_it_once() -> None:
 
 def test_only_an_open_like_the_first_gets_it() -> None:
     kept = kept_one()
-    for other in (ME._replace(uid=0), ME._replace(gid=0), ME._replace(flags=0o4000)):
+    for other in (ROOT, (1000, 0, 0), (1000, 1000, 0o4000)):
         assert kept.take(NODE, other, 1) is None
     assert kept.take(NODE + 1, ME, 1) is None
     assert kept.take(NODE, ME, 1) == FH
@@ -68,12 +69,12 @@ def test_too_many_are_given_back_before_their_time() -> None:
 
 def test_one_for_each_file_the_last_that_was_closed() -> None:
     kept = kept_one()
-    kept.opened(NODE, 4, ME._replace(uid=0), RAW, 0)
+    kept.opened(NODE, 4, ROOT, RAW, 0)
     assert kept.keep(NODE, 4, 1)
     assert kept.due() == 0
     assert kept.pop_due(1) == (NODE, FH)
     assert kept.pop_due(1) is None
-    assert kept.take(NODE, ME._replace(uid=0), 1) == 4
+    assert kept.take(NODE, ROOT, 1) == 4
 
 
 def test_the_second_begins_when_the_daemon_opens_it() -> None:
@@ -134,7 +135,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(node=st.integers(0, 4), uid=st.integers(0, 1))
     def open(self, node: int, uid: int) -> None:
-        opener = Opener(uid, uid, 0)
+        opener = (uid, uid, 0)
         fh = self.kept.take(node, opener, self.now)
         if fh is None:
             fh, self.next_fh = self.next_fh, self.next_fh + 1

@@ -134,18 +134,20 @@ class Freshness:
             return NOTHING_KNOWN
         if self.is_replaced(nodeid, raw):
             return Verdict(keep_pages=False, keep_attributes=False, replaced=True)
-        before, given = self._opened.pop(nodeid, None), self._given.get(nodeid)
+        verdict = self._verdict(nodeid, raw)
+        self._opened.pop(nodeid, None)
         self._opened[nodeid] = raw
         if len(self._opened) > self._limit:
             _give_up(self._opened)
-        return _VERDICTS[is_same(before, raw), is_same(given, raw)]
+        return verdict
 
     def compare(self, nodeid: int, raw: bytes) -> Verdict:
         """Judge as ``open`` does, and remember nothing. What has no name any more has changed."""
-        if not _NLINK.unpack(raw)[0]:
-            return NOTHING_KNOWN
-        opened, given = self._opened.get(nodeid), self._given.get(nodeid)
-        return _VERDICTS[is_same(opened, raw), is_same(given, raw)]
+        return self._verdict(nodeid, raw) if _NLINK.unpack(raw)[0] else NOTHING_KNOWN
+
+    def _verdict(self, nodeid: int, raw: bytes) -> Verdict:
+        keep_pages = is_same(self._opened.get(nodeid), raw)
+        return _VERDICTS[keep_pages, self.is_given(nodeid, raw)]
 
     def changed(self, nodeid: int) -> None:
         """The contents change in a way that no page of the kernel has seen."""

@@ -14,7 +14,7 @@ The host sees a file open for up to a second longer, and is not told of each ope
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from vfsmount.cache.freshness import is_same
 
@@ -26,19 +26,15 @@ _SECONDS: Final = 1.0
 _IN_USE: Final = 1 << 16
 
 
-class Opener(NamedTuple):
-    """Who has opened, and how: ``uid`` and ``gid`` of the request, and its open flags."""
-
-    uid: int
-    gid: int
-    flags: int
+#: Who has opened, and how: ``uid`` and ``gid`` of the request, and its open flags.
+Opener: TypeAlias = tuple[int, int, int]
 
 
 class _Handle(NamedTuple):
     """A handle for reading: of which node, whose, the file's signature then, and nanoseconds."""
 
     nodeid: int
-    opener: tuple[int, ...]
+    opener: Opener
     raw: bytes
     opened: int
 
@@ -64,13 +60,13 @@ class KeptHandles:
         """Handles that the daemon does not know to be closed."""
         return len(self._kept) + len(self._replaced)
 
-    def opened(self, nodeid: int, fh: int, opener: tuple[int, ...], raw: bytes, now: int) -> None:
+    def opened(self, nodeid: int, fh: int, opener: Opener, raw: bytes, now: int) -> None:
         """The daemon has given out a handle that may be kept.
 
         Args:
             nodeid: Of the file.
             fh: The handle.
-            opener: An ``Opener``.
+            opener: Whose it is.
             raw: The file's signature (``freshness``), asked for before.
             now: Nanoseconds.
         """
@@ -93,7 +89,7 @@ class KeptHandles:
         self._kept[nodeid] = fh, handle
         return True
 
-    def take(self, nodeid: int, opener: tuple[int, ...], now: int) -> int | None:
+    def take(self, nodeid: int, opener: Opener, now: int) -> int | None:
         """Return the handle for an open like the one that it comes from, None without any.
 
         It is in use then, if it ``is_as_opened``; else it is to be given back.

@@ -11,15 +11,14 @@ import pytest
 
 from tests.client.pyfuse.fake_session import attributes
 from tests.client.relay.fake_kernel import Stage, on_stage
-from tests.support.daemons import DAEMON_KINDS, daemon_marks
-from tests.support.shares import Shared, messages, open_shared
+from tests.support.shares import Shared, messages
 from tests.support.wait import wait_until
 from vfsmount.cache.policy import CachePolicy
 from vfsmount.wire import fuse
 from vfsmount.wire.fuse import Opcode, OpenOutFlag
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from vfsmount.testing.fake_device import DeviceRequest
@@ -172,15 +171,6 @@ async def test_after_a_change_of_ours_the_daemon_is_asked(
 
 
 # --- mounted -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(kind, marks=daemon_marks(kind)) for kind in DAEMON_KINDS],
-)
-def shared(request: pytest.FixtureRequest) -> Iterator[Shared]:
-    with open_shared(request.param, "relay", "auto", options=("--timeout", "600")) as shared:
-        yield shared
 
 
 def settle(folder: Path) -> None:

@@ -144,25 +144,23 @@ class Answers:
 
     def count(self, slot: Slot) -> None:
         """Count a reply, whatever becomes of it."""
-        counter = self._counters.get(slot.opcode)
-        if counter is None:
-            counter = self._counters[slot.opcode] = OpcodeCounter()
-            # Without it in the route each reply comes here, where it can be traced.
-            if slot.route.is_known and not self._is_traced:
-                slot.route.counter = counter
-        self.counted_ns = now = perf_counter_ns()
-        counter.add(now - slot.started_ns)
-        if slot.errno:
-            counter.errors += 1
-        if self._is_traced:
-            trace_request(slot, now - slot.started_ns)
+        counter = self.count_own(slot)
+        # Without it in the route each reply comes here, where it can be traced.
+        if slot.route.is_known and not self._is_traced:
+            slot.route.counter = counter
 
-    def count_own(self, pending: Pending) -> None:
+    def count_own(self, pending: Pending) -> OpcodeCounter:
         """Count a reply to a request of our own that stands for one of the kernel's."""
-        counter = self._counters.setdefault(pending.opcode, OpcodeCounter())
-        counter.add(perf_counter_ns() - pending.started_ns)
+        counter = self._counters.get(pending.opcode)
+        if counter is None:
+            counter = self._counters[pending.opcode] = OpcodeCounter()
+        self.counted_ns = now = perf_counter_ns()
+        counter.add(now - pending.started_ns)
         if pending.errno:
             counter.errors += 1
+        if self._is_traced:
+            trace_request(pending, now - pending.started_ns)
+        return counter
 
     def _may_open(self, slot: Slot, check: OpenCheck) -> bool:
         """Put into an open's answer what its check has found; False when it is refused."""

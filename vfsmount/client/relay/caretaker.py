@@ -51,8 +51,7 @@ class Caretaker:
     def patience(self) -> float | None:
         """Return the seconds until ``look`` is due although nothing happens; None for never."""
         due = None if self._reuse is None else self._reuse.due()
-        other = self._patience()
-        return other if due is None else due if other is None else min(due, other)
+        return min((one for one in (due, self._patience()) if one is not None), default=None)
 
     def _patience(self) -> float | None:
         if self._set_ups is not None and self._set_ups.lingering:

@@ -170,6 +170,11 @@ class Terms:
     keeps_locks: bool
     heeds_interrupts: bool
 
+    @property
+    def quiet_reads(self) -> bool:
+        """Whether a handle for reading needs no FLUSH."""
+        return self.quiet_flush and not self.keeps_locks
+
 
 def settled_terms(facts: InitFacts, told: InitFlag) -> Terms:
     """Return the terms.

@@ -42,6 +42,7 @@ _FH: Final = struct.Struct("<Q").unpack_from
 _OUT_HEADER: Final = struct.Struct("<IiQ").pack
 _OPEN_REPLY: Final = struct.Struct("<QII").pack  # open_out: fh, open_flags, backing_id
 _KEEP_CACHE: Final = int(OpenOutFlag.KEEP_CACHE)
+_NO_FLUSH: Final = int(OpenOutFlag.NOFLUSH)
 _NO_DESCRIPTORS: Final = frozenset((errno.EMFILE, errno.ENFILE))
 #: Handles given back at once when nobody closes any: 5 us each.
 _AT_ONCE: Final = 256
@@ -54,9 +55,6 @@ class HandleReuse:
 
     Args:
         parts: Of the relay, in a mode in which opens ask, and not every file is passed through.
-
-    Attributes:
-        flags: What the kernel is told of the handles (``OpenOutFlag``).
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -68,7 +66,7 @@ class HandleReuse:
         self._opens = parts.opens
         self._passthrough = parts.passthrough
         self._stopped_ns = 0
-        self.flags = _KEEP_CACHE
+        self._flags = _KEEP_CACHE | (_NO_FLUSH if parts.terms.quiet_reads else 0)
 
     def keep(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
         """RELEASE: keep the handle, if an open may have it."""
@@ -98,7 +96,7 @@ class HandleReuse:
             self._send_back(nodeid, fh)
             return False
         check.is_reused = check.replied = True
-        check.reply = _OPEN_REPLY(fh, self.flags, 0)
+        check.reply = _OPEN_REPLY(fh, self._flags, 0)
         slot.state = DONE
         self._device.kick()
         return True

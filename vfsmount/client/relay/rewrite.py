@@ -64,7 +64,6 @@ if TYPE_CHECKING:
     Rewriter: TypeAlias = Callable[[mmap.mmap, int, int, int, int], None]
 
 __all__ = [
-    "NO_FLUSH",
     "FailsHere",
     "TookPart",
     "flags_below_writeback",
@@ -113,7 +112,7 @@ _ATTR_SIGNATURE: Final = 16 + SIGNATURE_AT
 _POLICY_FLAGS: Final = int(OpenOutFlag.DIRECT_IO | OpenOutFlag.KEEP_CACHE | OpenOutFlag.CACHE_DIR)
 #: Means something only with backing files, which there are none of.
 _NEVER_FLAGS: Final = int(OpenOutFlag.PASSTHROUGH)
-NO_FLUSH: Final = int(OpenOutFlag.NOFLUSH)
+_NO_FLUSH: Final = int(OpenOutFlag.NOFLUSH)
 _WRITE_SIZE_AT: Final = _IN + 16
 
 
@@ -332,7 +331,7 @@ def _of_open(policy: CachePolicy, unwritten: Unwritten | None, *, no_flush: bool
         if unwritten is not None and length >= fuse.OPEN_OUT.size:
             _note_writer(unwritten, memory, at, nodeid, request)
         if no_flush and _U32.unpack_from(memory, request + _IN)[0] & os.O_ACCMODE == os.O_RDONLY:
-            ours |= NO_FLUSH
+            ours |= _NO_FLUSH
         put(memory, at, length, ours)
 
     return rewrite

@@ -20,7 +20,7 @@ from vfsmount.client.relay.handles import HandleRules, PassedHandleRules
 from vfsmount.client.relay.known import KnownRules
 from vfsmount.client.relay.locks import LockRules
 from vfsmount.client.relay.opens import CHANGES
-from vfsmount.client.relay.rewrite import NO_FLUSH, judge_write_back, reply_rewriters
+from vfsmount.client.relay.rewrite import judge_write_back, reply_rewriters
 from vfsmount.client.relay.rooms import named_rooms, small_rooms
 from vfsmount.client.relay.route import Route
 from vfsmount.client.relay.set_id import SetIdRules
@@ -32,7 +32,6 @@ from vfsmount.wire.fuse import Opcode
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vfsmount.client.relay.init import Terms
     from vfsmount.client.relay.parts import Parts
     from vfsmount.client.relay.reuse import HandleReuse
     from vfsmount.client.relay.rewrite import Rewriter
@@ -74,7 +73,7 @@ def make_routes(parts: Parts) -> list[Route]:
     if parts.memory.unwritten is not None:
         _add_writeback(routes, WritebackRules(parts, parts.memory.unwritten, writes), writes)
     if parts.reuse is not None:
-        _add_reuse(routes, parts, parts.reuse)
+        _add_reuse(routes, parts.reuse)
     return routes
 
 
@@ -172,13 +171,11 @@ def _add_writeback(routes: list[Route], below: WritebackRules, writes: WriteRule
         routes[opcode].failed = below.not_known
 
 
-def _add_reuse(routes: list[Route], parts: Parts, reuse: HandleReuse) -> None:
+def _add_reuse(routes: list[Route], reuse: HandleReuse) -> None:
     """Handles that are opened again."""
     _local(routes, {Opcode.RELEASE: reuse.keep})
     for opcode in _LOOKS:
         routes[opcode].failed = reuse.retried(routes[opcode].failed)
-    if _needs_no_flush(parts.terms):
-        reuse.flags |= NO_FLUSH
 
 
 def _local(routes: list[Route], table: Mapping[Opcode, Handler]) -> None:
@@ -200,10 +197,5 @@ def _rewriters(parts: Parts) -> dict[int, Rewriter]:
         memory.names if policy.revalidate else None,
         memory.unwritten,
         memory.walkers,
-        no_flush=_needs_no_flush(terms),
+        no_flush=terms.quiet_reads,
     )
-
-
-def _needs_no_flush(terms: Terms) -> bool:
-    """Whether handles for reading need none."""
-    return terms.quiet_flush and not terms.keeps_locks
