@@ -47,8 +47,8 @@ __all__ = ["Plan", "Results", "run"]
 
 
 #: Seconds after a command until all that a subject does later is done, and cannot slow the next one
-#: down: the relay gives the handles of 5,000 files back then, which takes 18 ms.
-SETTLING = 1.2
+#: down: the relay gives the handles of 5,000 files back then, which takes 0.1 s, a second after opens.
+SETTLING = 1.5
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ _OPEN_REPLY: Final = struct.Struct("<QII").pack  # open_out: fh, open_flags, bac
 _KEEP_CACHE: Final = int(OpenOutFlag.KEEP_CACHE)
 _NO_FLUSH: Final = int(OpenOutFlag.NOFLUSH)
 _NO_DESCRIPTORS: Final = frozenset((errno.EMFILE, errno.ENFILE))
-#: Handles given back at once when nobody closes any: 5 us each.
+#: Handles given back at once when nobody closes any: 14 to 19 us each.
 _AT_ONCE: Final = 256
 #: Seconds to the rest of them.
 _SOON: Final = 0.01
