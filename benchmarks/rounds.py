@@ -47,7 +47,7 @@ __all__ = ["Plan", "Results", "run"]
 
 
 #: Seconds after a command until all that a subject does later is done, and cannot slow the next one
-#: down: the relay gives the handles of 5,000 files back then, which takes 0.1 s, a second after opens.
+#: down: the relay gives the handles of 5,000 files back a second after opens, which takes 0.1 s.
 SETTLING = 1.5
 
 

@@ -84,36 +84,32 @@ class DriverRing:
     def offer(self, head: int) -> None:
         """Put a head into the available ring."""
         slot = vring.AVAIL_RING_OFFSET + 2 * (self.avail_idx % self.size)
-        struct.pack_into("<H", self.avail, slot, head)
+        _word(self.avail, slot)[0] = head
         self.set_avail_idx(self.avail_idx + 1)
 
     def set_avail_idx(self, idx: int) -> None:
         self.avail_idx = idx & 0xFFFF
-        struct.pack_into("<H", self.avail, vring.AVAIL_IDX_OFFSET, self.avail_idx)
+        _word(self.avail, vring.AVAIL_IDX_OFFSET)[0] = self.avail_idx
 
     def set_avail_flags(self, flags: int) -> None:
-        struct.pack_into("<H", self.avail, vring.AVAIL_FLAGS_OFFSET, flags)
+        _word(self.avail, vring.AVAIL_FLAGS_OFFSET)[0] = flags
 
     def set_used_event(self, event: int) -> None:
-        struct.pack_into("<H", self.avail, vring.used_event_offset(self.size), event & 0xFFFF)
+        _word(self.avail, vring.used_event_offset(self.size))[0] = event & 0xFFFF
 
     # --- reading ---------------------------------------------------------------------------------
 
-    def _word(self, offset: int) -> int:
-        word: int = struct.unpack_from("<H", self.used, offset)[0]
-        return word
-
     @property
     def used_idx(self) -> int:
-        return self._word(vring.USED_IDX_OFFSET)
+        return _word(self.used, vring.USED_IDX_OFFSET)[0]
 
     @property
     def used_flags(self) -> int:
-        return self._word(vring.USED_FLAGS_OFFSET)
+        return _word(self.used, vring.USED_FLAGS_OFFSET)[0]
 
     @property
     def avail_event(self) -> int:
-        return self._word(vring.avail_event_offset(self.size))
+        return _word(self.used, vring.avail_event_offset(self.size))[0]
 
     def collect(self) -> list[tuple[int, int]]:
         """Return the (head, length) of everything used since the last time."""
@@ -123,6 +119,15 @@ class DriverRing:
             collected.append(struct.unpack_from("<II", self.used, slot))
             self.used_seen = (self.used_seen + 1) & 0xFFFF
         return collected
+
+
+def _word(part: memoryview, offset: int) -> memoryview:
+    """Return a view of two bytes that the other side may look at any time.
+
+    It loads and stores them at once. ``struct.pack_into`` writes zeros first, and an index that is
+    0 for a moment is a broken ring to who reads it then.
+    """
+    return part[offset : offset + 2].cast("H")
 
 
 def indirect_table(buffers: list[Buffer]) -> bytes:

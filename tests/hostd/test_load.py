@@ -71,6 +71,7 @@ def test_ten_guests(tmp_path: Path) -> None:
             visit.join(SECONDS + 2 * DEADLINE)
         for visit in visits:
             if visit.error is not None:
+                visit.error.add_note(f"the daemon said: {daemon.stderr}")
                 raise visit.error
         wait_until(lambda: daemon.fd_count() == before, DEADLINE, "all descriptors to return")
         assert daemon.is_running()

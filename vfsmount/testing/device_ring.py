@@ -74,12 +74,18 @@ class DeviceRing:
         self._event_idx = event_idx
         self._offset_of = offset_of
 
+    def _word(self, offset: int) -> memoryview:
+        """Return a view that loads and stores two bytes at once, as the driver may look any time.
+
+        ``struct.pack_into`` writes zeros first: an index that is 0 for a moment.
+        """
+        return memoryview(self._memory)[offset : offset + 2].cast("H")
+
     def _u16(self, offset: int) -> int:
-        value: int = struct.unpack_from("<H", self._memory, offset)[0]
-        return value
+        return self._word(offset)[0]
 
     def _set_u16(self, offset: int, value: int) -> None:
-        struct.pack_into("<H", self._memory, offset, value % 65536)
+        self._word(offset)[0] = value % 65536
 
     @property
     def avail_idx(self) -> int:
