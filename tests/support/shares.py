@@ -72,6 +72,7 @@ def open_shared(
     xattr: bool = True,
     daemon_cache: str = "auto",
     daemon_options: Sequence[str] = (),
+    expected_complaint: str = "",
 ) -> Iterator[Shared]:
     """Share a fresh folder, in memory where that is possible, and mount it.
 
@@ -85,6 +86,7 @@ def open_shared(
         xattr: Whether the daemon serves extended attributes.
         daemon_cache: What the daemon would have cached: ``none``, ``auto`` or ``always``.
         daemon_options: More arguments of the daemon, as its kind spells them.
+        expected_complaint: Of the mounts, see `start_mount`.
     """
     words = [*options, *(["--writeback"] if writeback else [])]
     names = [f"mnt{number}" for number in range(mounts)]
@@ -107,7 +109,14 @@ def open_shared(
             socket = shared.daemons[-1].socket
             shared.mounts.append(
                 stack.enter_context(
-                    start_mount(path, socket, cache=cache, engine=engine, options=words)
+                    start_mount(
+                        path,
+                        socket,
+                        cache=cache,
+                        engine=engine,
+                        options=words,
+                        expected_complaint=expected_complaint,
+                    )
                 )
             )
         yield shared

@@ -250,7 +250,8 @@ async def test_a_handle_is_used_for_a_second_and_no_longer() -> None:
 
 
 @pytest.mark.usefixtures("_for_long")
-async def test_all_who_lacked_descriptors_are_served() -> None:
+async def test_all_who_lacked_descriptors_are_served(expect_log: Callable[[str], None]) -> None:
+    expect_log("the daemon has run out of descriptors")
     async with with_one_closed() as (host, stage):
         host.holds.add(Opcode.LOOKUP)
         uniques = {stage.send(Opcode.LOOKUP, 1, b"name\0") for _ in range(3)}
@@ -321,7 +322,10 @@ async def test_a_lost_daemon_is_told_of(expect_log: Callable[[str], None]) -> No
         (Opcode.READDIRPLUS, fuse.READ_IN.values(1, 0, 4096, 0, 0, 0)),
     ],
 )
-async def test_a_daemon_without_descriptors_gets_them_back(opcode: Opcode, body: bytes) -> None:
+async def test_a_daemon_without_descriptors_gets_them_back(
+    opcode: Opcode, body: bytes, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("the daemon has run out of descriptors")
     async with with_one_closed() as (host, stage):
         host.errors[opcode] = errno.EMFILE
         seen = host.seen.count(opcode)
@@ -425,12 +429,16 @@ def test_the_daemon_has_all_handles_back_in_time(shared: Shared) -> None:
 @pytest.mark.needs_daemon
 def test_a_daemon_with_few_descriptors_serves_more_files_than_it_could_keep() -> None:
     options = ("--rlimit-nofile=700", "--inode-file-handles=prefer")
-    with open_shared("rust", "relay", "auto", daemon_options=options) as shared:
+    told = "warning: the daemon has run out of descriptors"
+    with open_shared(
+        "rust", "relay", "auto", daemon_options=options, expected_complaint=told
+    ) as shared:
         host, mounted = shared.folder()
         for number in range(1000):
             (host / f"file-{number:03}").write_text(str(number))
         for number in range(1000):
             assert (mounted / f"file-{number:03}").read_text() == str(number)
+        assert shared.mounts[0].log.count(told) == 1
 
 
 # --- files that the kernel reads and writes by itself ---

@@ -13,6 +13,7 @@ that are too small to be passed through: as long as one has not changed, it stay
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import struct
 from contextlib import suppress
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from vfsmount.client.relay.slots import Slot
 
 __all__ = ["HandleReuse"]
+
+logger = logging.getLogger(__name__)
 
 _IN: Final = fuse.IN_HEADER.size
 _OUT: Final = fuse.OUT_HEADER.size
@@ -138,6 +141,11 @@ class HandleReuse:
             if number in _NO_DESCRIPTORS:
                 now = perf_counter_ns()
                 if self._kept:
+                    logger.warning(
+                        "the daemon has run out of descriptors; from now on it is told at once of"
+                        " each file that is closed, and opening files again is slower (allow it"
+                        " more: ulimit -n, --rlimit-nofile)"
+                    )
                     self._stopped_ns = now
                     self._kept.stop()
                     self._give_back(now, len(self._kept))
