@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vfsmount.testing.fake_device import DeviceRequest
 
 NONE = CachePolicy.for_mode("none")
+LONG = CachePolicy.for_mode("auto", 600.0)
 ATTR = fuse.Attr(7, 100, 8, 1, 2, 3, 4, 5, 6, 0o100644, 1, 0, 0, 0, 4096, 0)
 BLANK = fuse.SETATTR_IN.unpack(bytes(fuse.SETATTR_IN.size))
 ENTRY = fuse.EntryOut(9, 0, 0, 0, 0, 0, ATTR)
@@ -105,6 +106,12 @@ async def change(
     while (reply := await stage.receive()).unique != unique:
         notes.append(reply)
     return reply, notes
+
+
+@pytest.fixture
+def _no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an open has found may answer the kernel's question however late that comes."""
+    monkeypatch.setattr("vfsmount.client.relay.opens._PARKED_NS", 10**12)
 
 
 CHANGES = [
@@ -194,10 +201,11 @@ async def test_a_reply_without_bits_proves_nothing() -> None:
         assert host.mode == 0o100755
 
 
+@pytest.mark.usefixtures("_no_hurry")
 async def test_bits_that_an_open_has_found_are_seen() -> None:
     """Its check answers the kernel's GETATTR."""
     host = Host(0o100777)
-    async with on_stage(host, AUTO, clears_set_id=False) as stage:
+    async with on_stage(host, LONG, clears_set_id=False) as stage:
         await stage.call(Opcode.LOOKUP, 1, b"file\0")
         host.mode, host.size = 0o104777, 200
         await change(stage, Opcode.OPEN, FILE, fuse.OPEN_IN.values(os.O_WRONLY, 0))
@@ -224,10 +232,11 @@ async def test_a_request_that_waits_is_given_up_like_any_other() -> None:
         await change(stage, Opcode.WRITE, FILE, WRITE_BY_SOMEBODY)
 
 
+@pytest.mark.usefixtures("_no_hurry")
 @pytest.mark.parametrize("opcode", [Opcode.GETATTR, Opcode.SETATTR])
 async def test_what_cannot_be_cleared_is_not_written_to(opcode: int) -> None:
     host = Host()
-    async with on_stage(host, AUTO, clears_set_id=False) as stage:
+    async with on_stage(host, LONG, clears_set_id=False) as stage:
         await stage.call(Opcode.LOOKUP, 1, b"file\0")
         host.errors[opcode] = errno.EPERM
         for _ in range(2):
