@@ -172,10 +172,12 @@ async def test_a_caller_that_is_killed_in_between_need_not_wait(
 async def test_a_time_limit_is_for_both_together(expect_log: Callable[[str], None]) -> None:
     expect_log("no reply to READDIR of node 9 for .*: the daemon is mute")
     folder = Folder(Opcode.READDIR)
-    options = ChannelOptions(mute_after=0.1, request_timeout=0.3)
+    # Time enough for the first answer before anybody calls the daemon mute, and for that word
+    # before the end, whoever has the CPU.
+    options = ChannelOptions(mute_after=0.5, request_timeout=2.0)
     async with on_stage(folder, options=options) as stage:
         assert (await stage.call(Opcode.READDIRPLUS, FOLDER, ASK)).errno == errno.ETIMEDOUT
-        folder.answer(folder.kept[0])
+        folder.answer((await folder.wait_kept(1))[0])
         await stage.nothing_comes()
 
 
@@ -183,7 +185,7 @@ async def test_one_that_has_timed_out_is_asked_for_no_more() -> None:
     folder = Folder(Opcode.READDIRPLUS)
     async with on_stage(folder, options=ChannelOptions(request_timeout=0.2)) as stage:
         assert (await stage.call(Opcode.READDIRPLUS, FOLDER, ASK)).errno == errno.ETIMEDOUT
-        folder.answer(folder.kept[0])
+        folder.answer((await folder.wait_kept(1))[0])
         await stage.call(Opcode.ACCESS, 1, bytes(8))
 
     assert folder.opcodes() == [Opcode.READDIRPLUS]

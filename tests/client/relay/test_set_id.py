@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 NONE = CachePolicy.for_mode("none")
 LONG = CachePolicy.for_mode("auto", 600.0)
+#: Seconds that a request may take: longer than what is answered at once on a busy machine.
+SHORT = 2.0
 ATTR = fuse.Attr(7, 100, 8, 1, 2, 3, 4, 5, 6, 0o100644, 1, 0, 0, 0, 4096, 0)
 BLANK = fuse.SETATTR_IN.unpack(bytes(fuse.SETATTR_IN.size))
 ENTRY = fuse.EntryOut(9, 0, 0, 0, 0, 0, ATTR)
@@ -218,7 +220,7 @@ async def test_bits_that_an_open_has_found_are_seen() -> None:
 
 async def test_a_request_that_waits_is_given_up_like_any_other() -> None:
     host = Host()
-    options = ChannelOptions(request_timeout=0.2)
+    options = ChannelOptions(request_timeout=SHORT)
     async with on_stage(host, NONE, clears_set_id=False, options=options) as stage:
         await stage.call(Opcode.LOOKUP, 1, b"file\0")
         host.kept = []
