@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 WAYS = ("session", "pyfuse3-none", "pyfuse3-auto", "relay-none", "relay-auto")
 
 # Seconds until FORGETs, which travel in batches, have been obeyed.
-FORGET_DEADLINE = 5.0
+FORGET_DEADLINE = 15.0
 
 _numbers = count()
 
