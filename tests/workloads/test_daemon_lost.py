@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.needs_fuse, pytest.mark.slow]
 
-#: Seconds until everything fails after the daemon's death.
-SOON = 2.0
+#: Seconds until everything fails after the daemon's death: at once, but for a machine that is busy.
+#: A mute daemon is noticed after 10 s, and no sooner.
+SOON = 8.0
 LOST = (errno.ENOTCONN, errno.EIO)
 
 
@@ -55,7 +56,7 @@ class Attempt(threading.Thread):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_daemon_killed(daemon_kind: str, engine: str) -> None:
-    """Pending and new operations fail within 2 s, and umount works."""
+    """Pending and new operations fail soon, and umount works."""
     lost = ExitCode.DAEMON_LOST
     # Without a window: what is mapped does not need the daemon.
     options = ["--dax=off"]
@@ -70,7 +71,7 @@ def test_daemon_killed(daemon_kind: str, engine: str) -> None:
             Attempt(lambda: os.listdir(share.path)),
             Attempt(lambda: os.mkdir(share.path / "new")),
         ]
-        wait_until(lambda: in_flight(share.mount.path) >= 3, 5, "requests to be pending")
+        wait_until(lambda: in_flight(share.mount.path) >= 3, 20, "requests to be pending")
         assert [attempt.error for attempt in pending] == [-1] * 5
 
         killed = time.monotonic()

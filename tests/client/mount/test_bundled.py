@@ -62,6 +62,8 @@ def daemon_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str]
         script.write_text(f"#!{sys.executable}\n{program}")
         script.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(script))
+        # Tests ask how it ended while it may not have begun yet.
+        monkeypatch.setattr(bundled, "DEATH_SECONDS", 20.0)
 
     return put
 
@@ -145,8 +147,8 @@ def test_signals_without_a_name() -> None:
 def test_no_failure_while_it_runs(
     daemon_is: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundled, "DEATH_SECONDS", 0.01)
     daemon_is(SERVES)
+    monkeypatch.setattr(bundled, "DEATH_SECONDS", 0.01)
     with bundled_daemon(SETTINGS) as daemon:
         assert daemon.failure() is None
         assert daemon.exit_status() == ""

@@ -315,9 +315,9 @@ def test_a_killed_caller_gets_away_from_a_mute_daemon(kind: str) -> None:
         (one.host / "file").write_bytes(b"content")
         daemon.pause()
         reader = subprocess.Popen(["cat", one.path / "file"], stdout=subprocess.DEVNULL)
-        wait_until(lambda: read_status(str(one.path))["in_flight"], 5, "a request to be pending")
+        wait_until(lambda: read_status(str(one.path))["in_flight"], 20, "a request to be pending")
         reader.kill()
-        reader.wait(5)
+        reader.wait(20)
         daemon.resume()
         assert (one.path / "file").read_bytes() == b"content"
 
@@ -371,9 +371,9 @@ def test_killed_ourselves_leaves_nobody_hanging() -> None:
         reader = subprocess.Popen(
             ["cat", one.path / "file"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        wait_until(lambda: read_status(str(one.path))["in_flight"], 5, "a request to be pending")
+        wait_until(lambda: read_status(str(one.path))["in_flight"], 20, "a request to be pending")
         one.mount.process.kill()
-        assert reader.wait(5) == 1
+        assert reader.wait(20) == 1
         with pytest.raises(OSError, match="Transport endpoint is not connected"):
             os.stat(one.path)
         detach(one.path)
