@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from tests.support.daemons import DAEMON_KINDS, daemon_marks, require_daemon
 from tests.support.environment import TMPFS, fuse_problem, tmpfs_problem, unavailable
@@ -22,6 +23,12 @@ from tests.support.namespace import enter_mount_namespace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+# An example may take any time: 200 ms, as Hypothesis allows by itself, pass where somebody else has
+# the CPU, and then it fails the test as "flaky".
+settings.register_profile("patient", settings(deadline=None))
+settings.load_profile("patient")
 
 
 def pytest_configure() -> None:
