@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["AUTO", "Reply", "Stage", "on_stage"]
 
 AUTO = CachePolicy.for_mode("auto")
-PATIENCE = 5.0
+PATIENCE = 20.0
 LARGEST = 1 << 17
 
 
