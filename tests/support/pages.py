@@ -23,21 +23,22 @@ _TRIES = 20
 
 
 def while_pages_stay(case: Callable[[], T]) -> T:
-    """Do something from its beginning; anew if pages that had been dropped were read meanwhile.
+    """Do something from its beginning; anew if the kernel has dropped pages by itself meanwhile.
 
-    Whatever has come of it: only the kernel's own counter decides. It counts what the kernel took
-    back for want of memory or because it looked cold, not what we had it throw away.
+    Whatever has come of it: only the kernel's own counters decide. They have what it took back for
+    want of memory, because it looked cold, or because somebody asked for that (``drop_caches``);
+    they do not have what a file system throws away because we told it to.
     """
     for _ in range(_TRIES - 1):
-        before = _read_again()
+        before = _dropped()
         result = case()
-        if _read_again() == before:
+        if _dropped() == before:
             return result
     return case()
 
 
-def _read_again() -> int:
-    """Pages that were read again after they had been dropped, on the whole machine since it began.
+def _dropped() -> int:
+    """Pages that were read again, or went with their inodes, on the whole machine since it began.
 
     Each processor counts for itself, for up to a second; only root can have them all add up at
     once. Others do without: what they see would be from before.
@@ -48,4 +49,4 @@ def _read_again() -> int:
     except OSError:
         return 0
     rows = dict(line.split() for line in lines)
-    return int(rows.get("workingset_refault_file", 0))
+    return sum(int(rows.get(name, 0)) for name in ("workingset_refault_file", "pginodesteal"))
