@@ -37,9 +37,10 @@ def wait_until(predicate: Callable[[], T], deadline: float, what: str) -> T:
     end = time.monotonic() + deadline
     pause = FIRST_PAUSE
     while True:
+        last = time.monotonic() >= end  # asked before the look: time may pass behind it
         if value := predicate():
             return value
-        if time.monotonic() >= end:
+        if last:
             raise AssertionError(f"waited {deadline:g} s for {what}")
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
@@ -50,9 +51,10 @@ async def wait_until_async(predicate: Callable[[], T], deadline: float, what: st
     end = trio.current_time() + deadline
     pause = FIRST_PAUSE
     while True:
+        last = trio.current_time() >= end
         if value := predicate():
             return value
-        if trio.current_time() >= end:
+        if last:
             raise AssertionError(f"waited {deadline:g} s for {what}")
         await trio.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
