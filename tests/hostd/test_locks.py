@@ -12,6 +12,7 @@ import pytest
 
 from tests.hostd.guest import DirectGuest, expect_errno
 from tests.support.wait import wait_until
+from vfsmount.hostd.fs import lockboard
 from vfsmount.hostd.fs.call import Deferred
 from vfsmount.hostd.fs.lockboard import TURN
 from vfsmount.hostd.fs.share import Share, ShareOptions
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 READ, WRITE, UNLOCK = LockType.READ, LockType.WRITE, LockType.UNLOCK
 END = (1 << 63) - 1
 EINTR, EDEADLK, EBADF = 4, 35, 9
+DEADLINE = 20.0
 
 
 class Process:
@@ -317,6 +319,13 @@ def third(share: Share, file: Path) -> Iterator[DirectGuest]:
         yield guest
 
 
+@pytest.fixture
+def no_turn_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow this machine is, nobody has waited too long for the turn of another."""
+    monkeypatch.setattr(lockboard, "TURN", 1000.0)
+
+
+@pytest.mark.usefixtures("no_turn_ends")
 @pytest.mark.parametrize("flags", [0, fuse.LockFlag.FLOCK])
 def test_who_came_first_is_tried_first(
     pair: tuple[Process, Process], third: DirectGuest, flags: int
@@ -333,6 +342,7 @@ def test_who_came_first_is_tried_first(
     assert settled(third) == [(second, 0)]
 
 
+@pytest.mark.usefixtures("no_turn_ends")
 @pytest.mark.parametrize("flags", [0, fuse.LockFlag.FLOCK])
 def test_who_has_its_lock_wakes_the_next(
     pair: tuple[Process, Process], third: DirectGuest, flags: int
@@ -347,6 +357,7 @@ def test_who_has_its_lock_wakes_the_next(
     assert settled(third) == [(second, 0)]
 
 
+@pytest.mark.usefixtures("no_turn_ends")
 @pytest.mark.parametrize("flags", [0, fuse.LockFlag.FLOCK])
 def test_who_comes_again_does_not_overtake(pair: tuple[Process, Process], flags: int) -> None:
     one, two = pair
@@ -360,6 +371,7 @@ def test_who_comes_again_does_not_overtake(pair: tuple[Process, Process], flags:
     assert settled(one.guest) == [(again, 0)]
 
 
+@pytest.mark.usefixtures("no_turn_ends")
 def test_who_cannot_have_its_lock_keeps_nobody_back(
     pair: tuple[Process, Process], third: DirectGuest
 ) -> None:
@@ -377,6 +389,7 @@ def test_who_cannot_have_its_lock_keeps_nobody_back(
     assert settled(third) == [(all_of_it, 0)]
 
 
+@pytest.mark.usefixtures("no_turn_ends")
 def test_in_order_of_arrival_when_the_host_gives_a_lock_up(
     pair: tuple[Process, Process], file: Path
 ) -> None:
@@ -388,7 +401,7 @@ def test_in_order_of_arrival_when_the_host_gives_a_lock_up(
         for _ in range(2):
             settled(one.guest), settled(two.guest)
     locks = two.guest.session.locks
-    wait_until(lambda: not locks.patience(), 1, "it to be time for a look")
+    wait_until(lambda: not locks.patience(), DEADLINE, "it to be time for a look")
     assert locks.retry() == []
     assert settled(one.guest) == [(first, 0)]
     assert settled(two.guest) == []
@@ -397,22 +410,25 @@ def test_in_order_of_arrival_when_the_host_gives_a_lock_up(
 
 
 def test_nobody_waits_long_for_the_turn_of_a_guest_that_is_busy(
-    pair: tuple[Process, Process], third: DirectGuest
+    pair: tuple[Process, Process], third: DirectGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = pair
     three = Process(third, 7)
     one.lock(WRITE)
     first, second = two.wait(WRITE), three.wait(WRITE)
-    one.lock(UNLOCK)
-    assert settled(third) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(lockboard, "TURN", 1000.0)  # else it may have passed by now
+        one.lock(UNLOCK)
+        assert settled(third) == []
     patience = third.session.locks.patience()
     assert patience is not None
     assert patience <= TURN
-    assert wait_until(third.session.locks.retry, 1, "its own turn") == [(second, 0)]
+    assert wait_until(third.session.locks.retry, DEADLINE, "its own turn") == [(second, 0)]
     three.lock(UNLOCK)
     assert settled(two.guest) == [(first, 0)]
 
 
+@pytest.mark.usefixtures("no_turn_ends")
 def test_a_circle_with_one_that_has_yet_to_be_tried(
     pair: tuple[Process, Process], third: DirectGuest, folder: Path
 ) -> None:
