@@ -61,7 +61,10 @@ async def pause(daemon: Daemon) -> None:
     tasks = Path(f"/proc/{daemon.pid}/task")
 
     def stopped() -> bool:
-        stats = [(task / "stat").read_text() for task in tasks.iterdir()]
+        try:
+            stats = [(task / "stat").read_text() for task in tasks.iterdir()]
+        except (FileNotFoundError, ProcessLookupError):
+            return False  # a thread has just ended: look again
         return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
     await wait_until_async(stopped, DEADLINE, "the daemon to stop")

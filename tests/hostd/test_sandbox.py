@@ -167,7 +167,7 @@ def with_code(code: str) -> list[str]:
 def has_ended(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # before open(2), or between that and read(2)
         return True
 
 
