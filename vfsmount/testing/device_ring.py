@@ -139,14 +139,13 @@ class DeviceRing:
 
     def use(self, head: int, length: int) -> bool:
         """Put one element into the used ring and publish it; return whether to call."""
-        struct.pack_into(
-            "<II",
-            self._memory,
-            self._used + 4 + 8 * (self.used_idx % self._size),
-            head,
-            length,
-        )
+        self.put(head, length)
         return self.publish(1)
+
+    def put(self, head: int, length: int, ahead: int = 0) -> None:
+        """Put one element into the used ring, ``ahead`` of the next one, without publishing it."""
+        slot = (self.used_idx + ahead) % self._size
+        struct.pack_into("<II", self._memory, self._used + 4 + 8 * slot, head, length)
 
     def publish(self, count: int) -> bool:
         """Move ``used.idx`` on by ``count``, right or wrong; return whether to call."""

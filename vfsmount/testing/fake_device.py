@@ -75,7 +75,7 @@ ALL_PROTOCOL_FEATURES = int(
     | _PF.STATUS
 )
 _NO_REPLY = {int(Opcode.FORGET), int(Opcode.BATCH_FORGET)}
-_STOP_PATIENCE = 5.0
+_STOP_PATIENCE = 20.0
 _DEFAULT_CONFIG = virtio_fs.Config(b"fake")
 
 
@@ -233,6 +233,7 @@ class FakeDevice:
         self._fds: list[int] = []
         self._lock = threading.RLock()  # rings may be used from the test's thread as well
         self._stopping = False
+        self._hung_up = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="fake device", daemon=True)
 
@@ -261,6 +262,7 @@ class FakeDevice:
         self._thread.join(_STOP_PATIENCE)
         assert not self._thread.is_alive(), "the fake device hangs"
         self.hang_up()
+        self._sock.close()
         self._guest.close()
         with self._lock:
             for _, mapping in self._regions:
@@ -272,10 +274,13 @@ class FakeDevice:
             self.backend_channel.close()
 
     def hang_up(self) -> None:
-        """Close the connection, as a daemon that dies does."""
+        """End the connection, as a daemon that dies does; callable from any thread.
+
+        The descriptor is closed by the device's thread, which may be about to use it.
+        """
+        self._hung_up = True
         with contextlib.suppress(OSError):  # it is gone already
             self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
 
     @property
     def connected(self) -> bool:
@@ -359,12 +364,13 @@ class FakeDevice:
 
     def _run(self) -> None:
         try:
-            while not self._stopping and self._turn():
+            while not self._stopping and not self._hung_up and self._turn():
                 pass
         except BaseException as error:  # the top of a thread: kept for the test to raise
             self._failure = error
         if not self._stopping:
             self.hang_up()
+            self._sock.close()
 
     def _turn(self) -> bool:
         """Wait for something and handle it; return whether to go on."""
@@ -378,7 +384,7 @@ class FakeDevice:
                 os.read(fd, 8)
                 if not self._mute:
                     self._serve_ring(kicks[fd])
-            elif fd == self._sock.fileno() and not self._handle_message():
+            elif fd == self._sock.fileno() and (self._hung_up or not self._handle_message()):
                 return False
         return True
 
