@@ -6,8 +6,9 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import trio
+import trio.testing
 
-from tests.support.wait import wait_until_async
+from tests.support.wait import wait_until, wait_until_async
 from vfsmount.channel import ChannelOptions, open_channel
 from vfsmount.wire.fuse import Opcode
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from vfsmount.channel import Channel
     from vfsmount.testing import DeviceRequest, FakeDevice
 
-__all__ = ["DEADLINE", "Hoard", "getattr_request", "opened"]
+__all__ = ["DEADLINE", "Hoard", "getattr_request", "opened", "time_passes_after"]
 
 #: Seconds for any one test: long enough for a busy machine, short enough to call it a hang.
 DEADLINE = 20
@@ -39,6 +40,15 @@ async def getattr_request(channel: Channel, nodeid: int = 5, reply_size: int = 1
     return await channel.request(Opcode.GETATTR, nodeid, bytes(16), reply_size=reply_size)
 
 
+async def time_passes_after(clock: trio.testing.MockClock, device: FakeDevice, name: str) -> None:
+    """Have a clock that stands still go on when the device has had a message.
+
+    So what comes before is in time, however slow the device's thread is.
+    """
+    await trio.to_thread.run_sync(wait_until, lambda: name in device.requests, DEADLINE, name)
+    clock.autojump_threshold = 0.01
+
+
 class Hoard:
     """A server that keeps every request, for the test to answer when it likes."""
 
@@ -51,4 +61,11 @@ class Hoard:
     async def wait(self, count: int) -> list[DeviceRequest]:
         """Wait until the device has ``count`` of them."""
         await wait_until_async(lambda: len(self.requests) >= count, DEADLINE, f"{count} requests")
+        return self.requests
+
+    async def wait_in_thread(self, count: int) -> list[DeviceRequest]:
+        """The same where the clock stands still."""
+        await trio.to_thread.run_sync(
+            wait_until, lambda: len(self.requests) >= count, DEADLINE, f"{count} requests"
+        )
         return self.requests

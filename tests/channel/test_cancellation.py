@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+import trio.testing
 
 from tests.channel.support import DEADLINE, Hoard, getattr_request, opened
 from tests.support.wait import wait_until_async
@@ -105,6 +106,7 @@ async def test_who_waits_behind_a_cancelled_one_goes_on() -> None:
         opened(FakeDevice(hoard), options=options) as channel,
         trio.open_nursery() as nursery,
     ):
+        channel._watchdog.interval = 2 * DEADLINE  # the look at mute requests would notice, too
         large = trio.CancelScope()
 
         async def ask_for_much() -> None:
@@ -120,8 +122,7 @@ async def test_who_waits_behind_a_cancelled_one_goes_on() -> None:
 
         large.cancel()
 
-        # At once: sooner than the look at mute requests would notice.
-        await wait_until_async(lambda: channel.statistics().waiting == 0, 0.5, "the second")
+        await wait_until_async(lambda: channel.statistics().waiting == 0, DEADLINE, "the second")
         second = (await hoard.wait(2))[1]
         assert second.header.nodeid == 2
         for request in hoard.requests:
@@ -184,7 +185,7 @@ async def test_timed_out_request_is_quarantined() -> None:
         assert channel.statistics().arena_used > 0
         assert channel.statistics().in_flight[0].abandoned
 
-        hoard.requests[0].reply(b"too late")
+        (await hoard.wait(1))[0].reply(b"too late")
         await wait_until_async(lambda: abandoned, DEADLINE, "the late reply")
         assert abandoned == [b"too late"]
         assert channel.statistics().arena_used == 0
@@ -207,7 +208,7 @@ async def test_who_waits_for_room_times_out_as_well() -> None:
                 nursery.start_soon(ask_and_note)
         assert len(errors) == 5
         assert channel.statistics().waiting == 0
-        assert len(hoard.requests) == 2
+        assert len(await hoard.wait(2)) == 2
 
 
 async def test_a_lock_may_be_waited_for_as_long_as_it_takes() -> None:
@@ -247,7 +248,7 @@ async def test_mute_device_is_reported_and_shown(
             assert (mute.nodeid, mute.opcode) == (77, Opcode.GETATTR)
             assert mute.age >= 0.05
             await wait_until_async(lambda: "is mute" in caplog.text, DEADLINE, "the report")
-            hoard.requests[0].reply()
+            (await hoard.wait(1))[0].reply()
         assert channel.statistics().mute == ()
 
 
@@ -260,14 +261,14 @@ async def test_nothing_wakes_up_when_nothing_is_in_flight() -> None:
                 self.count += 1
 
     hoard = Hoard()
-    async with opened(FakeDevice(hoard), mute_after=0.01) as channel:
+    async with opened(FakeDevice(hoard)) as channel:
+        channel._watchdog.interval = 0.005
         async with trio.open_nursery() as nursery:
             nursery.start_soon(getattr_request, channel)
             (await hoard.wait(1))[0].reply()
         channel.forget(5, 1)
         (await hoard.wait(2))[1].use(0)
-        with trio.move_on_after(0.05):  # the last look after everything is over
-            await trio.sleep_forever()
+        await trio.testing.wait_all_tasks_blocked(0.05)  # the last look when everything is over
         wakeups = Wakeups()
         trio.lowlevel.add_instrument(wakeups)
         with trio.move_on_after(0.1):

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import trio
+import trio.testing
 
-from tests.channel.support import DEADLINE, getattr_request, opened
+from tests.channel.support import DEADLINE, getattr_request, opened, time_passes_after
 from vfsmount.channel import ChannelOptions, open_channel, probe
 from vfsmount.channel.frontend import Frontend
 from vfsmount.channel.socket import MessageSocket
@@ -181,11 +182,20 @@ EVERY_MESSAGE = [*dict.fromkeys(FULL_HANDSHAKE), "SET_MEM_TABLE"]
 UNACKNOWLEDGED = {"SET_OWNER": "GET_FEATURES", "SET_PROTOCOL_FEATURES": "GET_QUEUE_NUM"}
 
 
-async def fail_at(name: str, reaction: Reaction, timeout: float = 5) -> HandshakeError:
+def ill_at(name: str, reaction: Reaction) -> FakeDevice:
+    """A device that does something else when it gets a certain message."""
     features = ALL_PROTOCOL_FEATURES
     if name == "SET_MEM_TABLE":
         features &= ~int(PF.CONFIGURE_MEM_SLOTS)
-    device = FakeDevice(reactions={FrontendRequest[name]: reaction}, protocol_features=features)
+    return FakeDevice(reactions={FrontendRequest[name]: reaction}, protocol_features=features)
+
+
+async def fail_at(name: str, reaction: Reaction) -> HandshakeError:
+    return await failure(ill_at(name, reaction))
+
+
+async def failure(device: FakeDevice, timeout: float = DEADLINE / 2) -> HandshakeError:
+    """Return why a device could not be opened."""
     with pytest.raises(HandshakeError) as caught:
         async with opened(device, connect_timeout=timeout):
             raise AssertionError("it was opened")
@@ -203,8 +213,12 @@ async def test_closes_during_each_message(name: str, reaction: Reaction) -> None
 
 
 @pytest.mark.parametrize("name", [name for name in EVERY_MESSAGE if name not in UNACKNOWLEDGED])
-async def test_never_answers_each_message(name: str) -> None:
-    error = await fail_at(name, Reaction.IGNORE, timeout=0.05)
+async def test_never_answers_each_message(name: str, mock_clock: trio.testing.MockClock) -> None:
+    """Time passes when all messages before it have been answered."""
+    device = ill_at(name, Reaction.IGNORE)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(time_passes_after, mock_clock, device, name)
+        error = await failure(device, timeout=0.05)
 
     assert str(error) == f"the daemon did not answer {name} within 0.05 s"
 
@@ -335,9 +349,9 @@ async def test_a_cancelled_caller_can_still_say_goodbye() -> None:
 # --- nobody there ---------------------------------------------------------------------------------
 
 
-async def refused(path: str | Path) -> ConnectError:
+async def refused(path: str | Path, timeout: float = DEADLINE / 2) -> ConnectError:
     with trio.fail_after(DEADLINE), pytest.raises(ConnectError) as caught:
-        async with open_channel(path, ChannelOptions(connect_timeout=0.1)):
+        async with open_channel(path, ChannelOptions(connect_timeout=timeout)):
             pass
     assert "\n" not in str(caught.value)
     return caught.value
@@ -381,7 +395,7 @@ async def test_listener_that_never_accepts(tmp_path: Path) -> None:
         sock.bind(str(tmp_path / "s"))
         sock.listen(0)
         first.connect(str(tmp_path / "s"))
-        assert "did not accept within 0.1 s" in str(await refused(tmp_path / "s"))
+        assert "did not accept within 0.1 s" in str(await refused(tmp_path / "s", 0.1))
 
 
 async def test_path_too_long(tmp_path: Path) -> None:
