@@ -64,7 +64,8 @@ PROTOCOL = int(
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
 )
-DEADLINE = 10.0
+#: Seconds for one answer; a sync of a busy disk is among the questions.
+DEADLINE = 30.0
 
 
 class Disconnected(Exception):
@@ -310,5 +311,5 @@ def connected(share: Share, *, poll_us: int = 50, **options: Any) -> Iterator[Fr
             yield frontend
     finally:
         connection.stop()
-        thread.join(10)
+        thread.join(DEADLINE)
         assert not thread.is_alive()

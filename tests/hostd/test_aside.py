@@ -13,6 +13,7 @@ import pytest
 
 from tests.hostd.driver import Buffer
 from tests.hostd.frontend import (
+    DEADLINE,
     GUEST_ADDR,
     TABLE_AT,
     Disconnected,
@@ -59,7 +60,7 @@ class Machine:
 
     def leave(self) -> None:
         self.connection.stop()
-        self.thread.join(10)
+        self.thread.join(DEADLINE)
         assert not self.thread.is_alive()
         self.frontend.close()
 
@@ -192,7 +193,7 @@ def test_a_ring_that_goes_on_where_it_was_is_answered(
 ) -> None:
     base = waiter.stop_ring()
     holder.lock(LockType.UNLOCK)
-    wait_until(lambda: not holder.connection._session.share.locks, 5, "the lock to be taken")
+    wait_until(lambda: not holder.connection._session.share.locks, DEADLINE, "the lock to be taken")
     assert waiter.frontend.rings[1].collect() == []
     waiter.start_ring(base)
     assert waiter.answer() == 0
@@ -206,7 +207,7 @@ def test_a_driver_that_begins_anew_gets_no_reply_of_the_old_one(
     ring.set_avail_idx(base + 7)
     waiter.start_ring(base + 7)
     holder.lock(LockType.UNLOCK)
-    wait_until(lambda: not holder.connection._session.share.locks, 5, "the lock to be taken")
+    wait_until(lambda: not holder.connection._session.share.locks, DEADLINE, "the lock to be taken")
     waiter.frontend.getattr(ROOT)
     assert ring.collect() == []
 

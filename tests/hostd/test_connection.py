@@ -13,6 +13,7 @@ import pytest
 
 from tests.hostd.driver import Buffer
 from tests.hostd.frontend import (
+    DEADLINE,
     FEATURES,
     GUEST_ADDR,
     MEMORY_SIZE,
@@ -101,7 +102,7 @@ def test_the_rings_are_looked_at_once_on_a_processor_that_is_not_ours_alone(
     with connected(share) as frontend:
         frontend.handshake()
         frontend.init()
-        wait_until(lambda: [frontend.getattr(ROOT)] and windows, 5, "a wait for a kick")
+        wait_until(lambda: [frontend.getattr(ROOT)] and windows, DEADLINE, "a wait for a kick")
         frontend.getattr(ROOT)
     assert windows[0].length == length
 
@@ -325,7 +326,9 @@ def test_descriptors_that_nobody_asked_for(
 
     assert frontend.is_disconnected()
     # The thread closes them on its way out.
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) < before, 5, "descriptors to be closed")
+    wait_until(
+        lambda: len(os.listdir("/proc/self/fd")) < before, DEADLINE, "descriptors to be closed"
+    )
 
 
 def test_more_descriptors_than_a_message_may_have(

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 #: Of the next size of the tables, so that each node has a good part of them.
 NODES = 22_500
 IDLE = 60 << 20
-DEADLINE = 10.0
+DEADLINE = 20.0
 
 
 def resident(daemon: Daemon) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.hostd.frontend import (
+    DEADLINE,
     GUEST_ADDR,
     MEMORY_SIZE,
     REPLY_AT,
@@ -213,5 +214,5 @@ def test_descriptors_of_a_file_system_that_does_not_answer(
         assert sum(one.name == "closer" for one in threading.enumerate()) == closer.THREADS
         assert frontend.getattr(ROOT).ino
     wait_until(
-        lambda: all(one.name != "closer" for one in threading.enumerate()), 5.0, "the closers"
+        lambda: all(one.name != "closer" for one in threading.enumerate()), DEADLINE, "the closers"
     )

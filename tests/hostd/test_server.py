@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from vfsmount.hostd import Share
 
-DEADLINE = 10.0
+DEADLINE = 20.0
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ FETCHED = REPOSITORY / ".cache" / "daemons"
 
 # The bundled daemon needs half a second of Python start-up on a busy machine; the others 20 ms.
 START_DEADLINE = 20.0
-STOP_DEADLINE = 10.0
+STOP_DEADLINE = 20.0
 
 # The C daemon's lock file there, the socket's path with dots for slashes and .pid, survives it.
 C_LOCK_FOLDER = Path("/run/virtiofsd")
