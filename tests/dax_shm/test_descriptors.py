@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 #: Seconds in which anything local is done many times over.
-SOON = 5.0
+SOON = 20.0
 
 #: Opens a file, and one in a file system that nobody else sees, and sends both.
 ELSEWHERE = """
