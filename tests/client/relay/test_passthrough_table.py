@@ -239,6 +239,38 @@ def test_pages_of_a_file_that_was_passed_through_are_not_kept(stage: Stage) -> N
     assert stage.open(4, os.O_WRONLY)[2] == OpenOutFlag.KEEP_CACHE
 
 
+def test_a_file_opened_again_gets_the_backing_file_that_is_there(stage: Stage) -> None:
+    assert stage.table.backing_again(2) is None  # every file is passed through, so is this one
+    _, handle, _, number = stage.open(2)
+    stage.nodes.released(handle)
+    assert stage.table.backing_again(2) == number
+    stage.table.opened_again(2, handle, number)
+    assert stage.nodes.is_passed(2)
+    assert not stage.nodes.is_writer(handle)
+    stage.check_invariants()
+    stage.nodes.released(handle)
+    assert stage.opened == {number}
+
+
+def test_a_small_file_opened_again_goes_by_message_again(stage: Stage) -> None:
+    stage.table._pass_from = 1000
+    assert stage.table.backing_again(2) == 0
+    stage.table.opened_again(2, 7, 0)
+    stage.check_invariants()
+    assert stage.table.backing_again(2) == 0
+    assert stage.table.facts()["opens_by_message"] == 1
+
+
+def test_what_is_not_certain_is_asked_for_again(stage: Stage) -> None:
+    _, handle, _, _ = stage.open(2)
+    stage.nodes.released(handle)
+    stage.readonly = True
+    _, handle, _, _ = stage.open(2, os.O_WRONLY)
+    assert stage.table.backing_again(2) is None  # pages may be from before it was passed through
+    stage.nodes.released(handle)
+    assert stage.table.backing_again(2) == 1
+
+
 def test_set_id_bits_are_the_daemon_s_business(stage: Stage) -> None:
     stage.files[2].chmod(0o6755)
     assert stage.open(2, os.O_WRONLY)[2] & PASSED == 0
@@ -293,14 +325,14 @@ def test_what_the_daemon_changes_later_is_not_read(stage: Stage) -> None:
 
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from("oorrwwsfdx"), st.integers(2, 5), st.booleans()), max_size=60
+    st.tuples(st.sampled_from("oorrawwsfdx"), st.integers(2, 5), st.booleans()), max_size=60
 )
 
 
 @settings(max_examples=60, deadline=None)
 @given(STEPS)
 def test_any_order(steps: list[tuple[str, int, bool]]) -> None:
-    """Opens, answers, RELEASEs and FORGETs as they come: the table agrees with itself."""
+    """Opens, also again, answers, RELEASEs, FORGETs as they come: the table agrees with itself."""
     stage = Stage()
     stage.files = dict.fromkeys(range(2, 6), _any_file())
     begun: list[Slot] = []
@@ -314,6 +346,11 @@ def test_any_order(steps: list[tuple[str, int, bool]]) -> None:
             stage.readonly = choice
         elif what == "r" and handles:
             stage.nodes.released(handles.pop(0 if choice else -1)[0])
+        elif what == "a" and (number := stage.table.backing_again(nodeid)) is not None:
+            stage.handle += 1
+            stage.table.opened_again(nodeid, stage.handle, number)
+            handles.append((stage.handle, nodeid))
+            assert (number in stage.opened) == stage.nodes.is_passed(nodeid)
         elif what == "f" and all(one != nodeid for _, one in handles):
             stage.nodes.forget(nodeid)
         for slot in [one for one in begun if one.check is not None and one.check.is_ready()]:

@@ -506,6 +506,27 @@ def test_a_file_that_has_grown_is_passed_through(windowed: Shared) -> None:
 
 
 @pytest.mark.needs_fuse
+def test_a_file_that_is_passed_through_is_opened_again(windowed: Shared) -> None:
+    def read_large() -> tuple[Path, Path, int]:
+        host, mounted = windowed.folder()
+        (host / "file").write_bytes(bytes(PASS_FROM))
+        sent, passed = opens(windowed), facts(windowed)["opens"]
+        for number in range(1, 6):
+            assert (mounted / "file").read_bytes() == bytes(PASS_FROM)
+            assert facts(windowed)["opens"] == passed + number
+        return host, mounted, opens(windowed) - sent
+
+    host, mounted, sent = while_kept(read_large)
+    assert sent == 1
+    with (mounted / "file").open("r+b", buffering=0) as writer:
+        assert len((mounted / "file").read_bytes()) == PASS_FROM
+        writer.write(b"changed")
+        assert (mounted / "file").read_bytes()[:7] == b"changed"
+    (host / "file").write_bytes(b"small")
+    assert (mounted / "file").read_bytes() == b"small"
+
+
+@pytest.mark.needs_fuse
 def test_all_opens_of_a_file_are_of_one_kind(windowed: Shared) -> None:
     """While a kept handle that went by message waits, the file is passed through."""
     host, mounted = windowed.folder()

@@ -86,8 +86,7 @@ class Parts:
             self.passthrough,
         )
         self.device = DevicePort(loan, orders, self.opens)
-        some_by_message = window is None or pass_from > 0
-        self.reuse = HandleReuse(self) if policy.revalidate and some_by_message else None
+        self.reuse = HandleReuse(self) if policy.revalidate else None
         self.set_id = SetIdBits(loan, self.device, self.kernel, self.opens, self.memory.modes)
         self.late = LateReplies(loan, self.kernel, self.device, self.forget, self.memory.released)
         self.answers = Answers(loan, policy, self.kernel, self.opens, self.late, self.memory.xattrs)

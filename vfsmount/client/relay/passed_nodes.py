@@ -105,11 +105,6 @@ class PassedNodes:
         node = self._nodes.get(nodeid)
         return node is not None and node.passed
 
-    def may_go_by_message(self, nodeid: int) -> bool:
-        """Whether an open like one that went by message may do so, too."""
-        node = self._nodes.get(nodeid)
-        return node is None or node.messages > 0
-
     def is_writer(self, fh: int) -> bool:
         """Whether a handle may have written, without our seeing it."""
         return fh in self._writers

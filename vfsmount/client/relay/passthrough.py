@@ -318,10 +318,27 @@ class Passthrough:
         check.fh = fh
         return 0
 
-    def opened_again(self, nodeid: int, fh: int) -> None:
-        """An open is answered with a handle that went by message before (``reuse``)."""
-        self._by_message += 1
-        self.nodes.opened_by_message(self.nodes.make(nodeid), fh)
+    def backing_again(self, nodeid: int) -> int | None:
+        """Return the backing file for reading an unchanged file that was opened before (``reuse``).
+
+        0 is for by message; None means that it has to be asked for, or that it is not certain.
+        """
+        node = self.nodes.get(nodeid)
+        if node is None:  # too small, and so it is still
+            return 0 if self._pass_from else None
+        if node.messages:
+            return None if node.passed else 0
+        return node.backing_id if node.granted & READ else None
+
+    def opened_again(self, nodeid: int, fh: int, backing_id: int) -> None:
+        """An open is answered so."""
+        node = self.nodes.make(nodeid)
+        if backing_id:
+            self._passed += 1
+            self.nodes.opened(node, fh, READ)
+        else:
+            self._by_message += 1
+            self.nodes.opened_by_message(node, fh)
 
     def taken_back(self, check: OpenCheck) -> None:
         """The kernel has not taken the answer to an open."""

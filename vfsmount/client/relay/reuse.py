@@ -6,8 +6,8 @@ An OPEN sends its question alone, and waits for the answer as if the daemon had 
     OPEN      question, unchanged: answered with the kept handle
               question, else: the handle goes back, and the OPEN to the daemon after all
 
-So a file opened again costs the daemon one message in place of three. With DAX this is for files
-that are too small to be passed through: as long as one has not changed, it stays so.
+So a file opened again costs the daemon one message in place of three. With DAX the kind of open is
+what it would be without: by message, or passed through if the kernel has the backing file yet.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ _FH: Final = struct.Struct("<Q").unpack_from
 _OUT_HEADER: Final = struct.Struct("<IiQ").pack
 _OPEN_REPLY: Final = struct.Struct("<QII").pack  # open_out: fh, open_flags, backing_id
 _KEEP_CACHE: Final = int(OpenOutFlag.KEEP_CACHE)
+_PASSTHROUGH: Final = int(OpenOutFlag.PASSTHROUGH)
 _NO_FLUSH: Final = int(OpenOutFlag.NOFLUSH)
 _NO_DESCRIPTORS: Final = frozenset((errno.EMFILE, errno.ENFILE))
 #: Handles given back at once when nobody closes any: 14 to 19 us each.
@@ -57,7 +58,7 @@ class HandleReuse:
     """Keeps handles, and answers OPENs with them.
 
     Args:
-        parts: Of the relay, in a mode in which opens ask, and not every file is passed through.
+        parts: Of the relay, in a mode in which opens ask.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -69,14 +70,13 @@ class HandleReuse:
         self._opens = parts.opens
         self._passthrough = parts.passthrough
         self._stopped_ns = 0
-        self._flags = _KEEP_CACHE | (_NO_FLUSH if parts.terms.quiet_reads else 0)
+        no_flush = _NO_FLUSH if parts.terms.quiet_reads else 0
+        self._flags, self._passed_flags = no_flush | _KEEP_CACHE, no_flush | _PASSTHROUGH
 
     def keep(self, slot: Slot, at: int, _size: int, nodeid: int) -> bool:
         """RELEASE: keep the handle, if an open may have it."""
         fh, flags, release_flags = _RELEASE_IN(self._map, at + _IN)
         if flags & os.O_ACCMODE or release_flags or nodeid in self._locked:
-            return False
-        if self._passthrough is not None and self._passthrough.nodes.is_passed(nodeid):
             return False
         now = perf_counter_ns()
         if not self._kept.keep(nodeid, fh, now):
@@ -107,24 +107,30 @@ class HandleReuse:
     def finish(self, slot: Slot, check: OpenCheck) -> bool:
         """Judge a kept handle by the answer; False when the OPEN goes to the daemon after all."""
         nodeid, (fh,) = slot.nodeid, _FH(check.reply)
-        verdict, passed = self._opens.judge_again(nodeid, fh, check), self._passthrough
-        if not verdict.keep_pages or (passed and not passed.nodes.may_go_by_message(nodeid)):
+        verdict, passthrough = self._opens.judge_again(nodeid, fh, check), self._passthrough
+        backing_id = 0 if passthrough is None else passthrough.backing_again(nodeid)
+        if not verdict.keep_pages or backing_id is None:
             self._send_back(nodeid, fh)
             slot.check = None
             self._opens.begin(slot)
             self._device.submit(slot)
             self._device.kick()
             return False
+        reply = check.reply
+        if backing_id:
+            reply = _OPEN_REPLY(fh, self._passed_flags, backing_id)
         try:
             if not verdict.keep_attributes:
                 with suppress(OSError):  # forgotten meanwhile
                     self._kernel.write(invalidation(nodeid))
-            self._kernel.write(_OUT_HEADER(_OUT + _OPEN_OUT, 0, slot.answers) + check.reply)
+            self._kernel.write(_OUT_HEADER(_OUT + _OPEN_OUT, 0, slot.answers) + reply)
         except OSError:  # nobody waits any more
             self._send_back(nodeid, fh)
         else:
-            if passed is not None:
-                passed.opened_again(nodeid, fh)
+            if passthrough is not None:
+                passthrough.opened_again(nodeid, fh, backing_id)
+            if backing_id:
+                self._opens.unpark(nodeid)
         return True
 
     def retried(self, then: FailedHandler | None) -> FailedHandler:
