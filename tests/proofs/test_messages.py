@@ -299,8 +299,8 @@ def count(shared: Shared, proof: Proof) -> Counter[str]:
         if shared.cache in proof.again:
             proof.act(folder)
         os.fstat(folder)
-        # The relay counts a reply when it has given it, one after the other: with the reply to a
-        # STATFS, which nobody keeps, all that came before is counted.
+        # Some messages are counted when nobody waits for them any more, one after the other: with
+        # the reply to a STATFS, which nobody keeps, all that came before is counted.
         os.fstatvfs(folder)
         before = messages(mount)
         proof.act(folder)
