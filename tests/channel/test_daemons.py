@@ -205,7 +205,7 @@ async def test_killed_daemon(
                 await trio.testing.wait_all_tasks_blocked(0.05)
                 start = trio.current_time()
                 daemon.kill(signal.SIGKILL)
-            assert trio.current_time() - start < DEADLINE / 2
+            assert trio.current_time() - start < 2
             assert len(failures) == 10
             with pytest.raises(ChannelBroken):
                 await lookup(channel, b"x")

@@ -250,13 +250,13 @@ async def test_forgotten_files_are_let_go(daemon: Daemon, folder: Path) -> None:
         assert dax.statistics().reclaims == 0
         # By a thread of its own, perhaps.
         await wait_until_async(
-            lambda: len(os.listdir("/proc/self/fd")) <= before, DEADLINE, "descriptors to be closed"
+            lambda: len(os.listdir("/proc/self/fd")) == before, DEADLINE, "descriptors to be closed"
         )
         await wait_until_async(
             lambda: daemon.fd_count() == daemon_before, DEADLINE, "the daemon to forget"
         )
     await wait_until_async(
-        lambda: len(os.listdir("/proc/self/fd")) <= window_before, DEADLINE, "all to be closed"
+        lambda: len(os.listdir("/proc/self/fd")) == window_before, DEADLINE, "all to be closed"
     )
 
 

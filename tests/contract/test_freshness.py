@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tests.contract.trees import PathTree, Tree
     from tests.contract.twin import Twin
 
-#: Seconds: the timeout of mode auto, and as long again as a busy machine may take.
-PATIENCE = 15.0
+#: Seconds: the timeout of mode auto, and as much again for a busy machine.
+PATIENCE = 2.0
 
 
 def prime(tree: Tree) -> None:
