@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import os
@@ -51,10 +52,23 @@ def test_a_view_is_the_file(memory: WindowMemory, file: int) -> None:
     assert memory.tears == 0
 
 
+def copied(view: memoryview, offset: int) -> memoryview:
+    """Copy to some place in a page. glibc copies backwards to one just behind the source's."""
+    room = bytearray(len(view) + 2 * PAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(room)) % PAGE + offset
+    copy = memoryview(room)[start : start + len(view)]
+    copy[:] = view
+    return copy
+
+
 def test_truncated_under_a_view(memory: WindowMemory, file: int) -> None:
     """Without the handler each of these would end the process."""
     view = memory.view(0, BLOCK)
-    for look in (bytes, lambda one: one[BLOCK - 1], hashlib.sha256, memoryview.tolist):
+    looks = (
+        lambda one: copied(one, PAGE // 2), lambda one: one[BLOCK - 1], hashlib.sha256,
+        memoryview.tolist,
+    )  # fmt: skip
+    for look in looks:
         os.truncate(file, BLOCK)
         memory.map(0, BLOCK, file, 0)
         os.truncate(file, 3 * PAGE + 5)
@@ -66,6 +80,17 @@ def test_truncated_under_a_view(memory: WindowMemory, file: int) -> None:
         assert view[4 * PAGE] == 0
         memory.map(0, BLOCK, file, 0)
         assert view[4 * PAGE] == ord("a")
+
+
+@pytest.mark.parametrize("offset", [0, 64, PAGE // 2])
+def test_a_copy_of_a_truncated_file(memory: WindowMemory, file: int, offset: int) -> None:
+    """It ends in zeros in whichever direction it is made; backwards with a fault for each page."""
+    memory.map(0, BLOCK, file, 0)
+    os.truncate(file, 3 * PAGE + 5)
+    assert copied(memory.view(0, BLOCK), offset) == b"a" * (3 * PAGE + 5) + bytes(
+        BLOCK - 3 * PAGE - 5
+    )
+    assert 0 < memory.tears <= BLOCK // PAGE
 
 
 def test_a_system_call_fails_by_itself(memory: WindowMemory, file: int) -> None:
